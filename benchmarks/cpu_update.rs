@@ -1,0 +1,232 @@
+//! The CPU backend against its own GEMM crate: `cargo bench --bench cpu_update`.
+//!
+//! At 4096 tokens, 1024×1024, fp32, AdamW, one thread: a whole backward (dX, then dW and update)
+//! and the update alone, against `matrixmultiply` on the same products followed by one fused
+//! optimizer pass (the same rule over a gradient in memory), and against the two-phase twin. Ratios
+//! of medians of one run are printed at the end and, with `FORGE_BENCH_JSON=path`, written there.
+
+use criterion::{Criterion, SamplingMode};
+use forge::backend::cpu::Cpu;
+use forge::backend::{Accumulator, Arrays, Backend, Factors, Matrix, Scheme, Shard, Step};
+use forge::format::{Dtype, Rounding, StateFormat, WeightFormat};
+use forge::rule::{self, MAX_STATES, StepScalars};
+use std::hint::black_box;
+use std::ptr::null_mut;
+use std::time::Duration;
+
+const TOKENS: usize = 4096;
+const OUT: usize = 1024;
+const IN: usize = 1024;
+
+fn data(n: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+struct Case {
+    scheme: Scheme,
+    shard: Shard,
+    step: Step,
+    dy: Vec<f32>,
+    x: Vec<f32>,
+    dx: Vec<f32>,
+    gradient: Vec<f32>,
+    w: Vec<f32>,
+    m: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Case {
+    fn new() -> Self {
+        let rule = rule::find("adamw").unwrap();
+        let scheme = Scheme {
+            rule,
+            flags: 0,
+            n_states: rule.states(0),
+            weight_format: WeightFormat::F32,
+            weight_rounding: Rounding::Nearest,
+            state_formats: [StateFormat::F32; MAX_STATES],
+            state_rounding: Rounding::Nearest,
+            factor_dtype: Dtype::F32,
+            parameter_id: 0,
+        };
+        let shard =
+            Shard { rows: OUT, cols: IN, row_offset: 0, col_offset: 0, global_cols: IN as u64 };
+        let scalars =
+            StepScalars { step: 1, seed: 0, grad_scale: 1e-3, hyper: rule::default_hyper(rule) };
+        Self {
+            step: Step::new(&scheme, &scalars),
+            scheme,
+            shard,
+            dy: data(TOKENS * OUT, 1),
+            x: data(TOKENS * IN, 2),
+            dx: vec![0.0; TOKENS * IN],
+            gradient: vec![0.0; OUT * IN],
+            w: data(OUT * IN, 3),
+            m: vec![0.0; OUT * IN],
+            v: vec![0.0; OUT * IN],
+        }
+    }
+
+    fn factors(&self) -> Factors {
+        Factors {
+            dy: Matrix { data: self.dy.as_ptr().cast(), stride: OUT },
+            x: Matrix { data: self.x.as_ptr().cast(), stride: IN },
+            tokens: TOKENS,
+        }
+    }
+
+    fn arrays(&mut self) -> Arrays {
+        let states = [self.m.as_mut_ptr().cast(), self.v.as_mut_ptr().cast(), null_mut()];
+        let weight = self.w.as_mut_ptr().cast();
+        Arrays { weight, extra: null_mut(), states, scales: [null_mut(); MAX_STATES] }
+    }
+
+    fn fused_update(&mut self, cpu: &Cpu) {
+        let (arrays, f) = (self.arrays(), self.factors());
+        // SAFETY: sizes by construction.
+        unsafe { cpu.update(&self.scheme, &self.shard, &[f], None, &arrays, &self.step) };
+    }
+
+    fn dgrad(&mut self, cpu: &Cpu) {
+        let (f, w) = (self.factors(), self.w.as_ptr().cast());
+        let dx = self.dx.as_mut_ptr().cast();
+        // SAFETY: sizes by construction.
+        unsafe { cpu.dgrad(&self.scheme, &self.shard, TOKENS, f.dy, w, dx) };
+    }
+
+    fn two_phase(&mut self, cpu: &Cpu) {
+        let (arrays, f) = (self.arrays(), self.factors());
+        // SAFETY: sizes by construction.
+        unsafe { cpu.update_two_phase(&self.scheme, &self.shard, &[f], &arrays, &self.step) };
+    }
+
+    fn crate_wgrad(&mut self) {
+        // SAFETY: sizes by construction.
+        unsafe {
+            matrixmultiply::sgemm(
+                OUT,
+                TOKENS,
+                IN,
+                1.0,
+                self.dy.as_ptr(),
+                1,
+                OUT as isize,
+                self.x.as_ptr(),
+                IN as isize,
+                1,
+                0.0,
+                self.gradient.as_mut_ptr(),
+                IN as isize,
+                1,
+            );
+        }
+    }
+
+    fn crate_dgrad(&mut self) {
+        // SAFETY: sizes by construction.
+        unsafe {
+            matrixmultiply::sgemm(
+                TOKENS,
+                OUT,
+                IN,
+                1.0,
+                self.dy.as_ptr(),
+                OUT as isize,
+                1,
+                self.w.as_ptr(),
+                IN as isize,
+                1,
+                0.0,
+                self.dx.as_mut_ptr(),
+                IN as isize,
+                1,
+            );
+        }
+    }
+
+    /// One pass over weight, states and a gradient in memory: FORGE's own rule, no GEMM.
+    fn optimizer_pass(&mut self, cpu: &Cpu) {
+        let arrays = self.arrays();
+        let gradient = Some(Accumulator(self.gradient.as_mut_ptr()));
+        // SAFETY: sizes by construction.
+        unsafe { cpu.update(&self.scheme, &self.shard, &[], gradient, &arrays, &self.step) };
+    }
+}
+
+const NAMES: [&str; 5] = [
+    "forge_update",
+    "crate_wgrad_then_optimizer_pass",
+    "two_phase",
+    "forge_backward",
+    "crate_backward_then_optimizer_pass",
+];
+
+fn benchmarks(c: &mut Criterion) {
+    let cpu = Cpu::new(1).unwrap();
+    let mut case = Case::new();
+    let mut group = c.benchmark_group("adamw_fp32_4096x1024x1024");
+    group.sampling_mode(SamplingMode::Flat).sample_size(20);
+    group.measurement_time(Duration::from_secs(4));
+    group.bench_function(NAMES[0], |b| b.iter(|| black_box(&mut case).fused_update(&cpu)));
+    group.bench_function(NAMES[1], |b| {
+        b.iter(|| {
+            black_box(&mut case).crate_wgrad();
+            case.optimizer_pass(&cpu);
+        });
+    });
+    group.bench_function(NAMES[2], |b| b.iter(|| black_box(&mut case).two_phase(&cpu)));
+    group.bench_function(NAMES[3], |b| {
+        b.iter(|| {
+            black_box(&mut case).dgrad(&cpu);
+            case.fused_update(&cpu);
+        });
+    });
+    group.bench_function(NAMES[4], |b| {
+        b.iter(|| {
+            black_box(&mut case).crate_dgrad();
+            case.crate_wgrad();
+            case.optimizer_pass(&cpu);
+        });
+    });
+    group.finish();
+}
+
+/// Median seconds of a benchmark of this run, from criterion's own record.
+fn median(name: &str) -> Option<f64> {
+    let root = std::env::var("CARGO_TARGET_DIR")
+        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/target").to_string());
+    let path = format!("{root}/criterion/adamw_fp32_4096x1024x1024/{name}/new/estimates.json");
+    let text = std::fs::read_to_string(path).ok()?;
+    let json: serde_json::Value = serde_json::from_str(&text).ok()?;
+    Some(json["median"]["point_estimate"].as_f64()? * 1e-9)
+}
+
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    benchmarks(&mut criterion);
+    criterion.final_summary();
+    let Some(times) = NAMES.iter().map(|n| median(n)).collect::<Option<Vec<_>>>() else {
+        return; // `cargo test --benches` measures nothing
+    };
+    let ratios = serde_json::json!({
+        "update_rate_over_crate_plus_pass": times[1] / times[0],
+        "backward_rate_over_crate_plus_pass": times[4] / times[3],
+        "two_phase_over_fused_update": times[2] / times[0],
+    });
+    println!("{ratios:#}");
+    if let Ok(path) = std::env::var("FORGE_BENCH_JSON") {
+        let seconds: serde_json::Map<_, _> =
+            NAMES.iter().zip(&times).map(|(n, t)| (n.to_string(), (*t).into())).collect();
+        let record = serde_json::json!({
+            "tokens": TOKENS, "out": OUT, "in": IN, "rule": "adamw", "weight_format": "fp32",
+            "state_format": "fp32", "threads": 1, "median_seconds": seconds, "ratios": ratios,
+        });
+        std::fs::write(path, format!("{record:#}\n")).expect("the JSON can be written");
+    }
+}

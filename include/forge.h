@@ -1,0 +1,829 @@
+/* FORGE: fused weight gradient and optimizer update. SPDX-License-Identifier: Apache-2.0
+ *
+ * Generated from src/ffi by cbindgen; do not edit. `FORGE_BLESS=1 cargo test --test header` renews it.
+ * docs/c-api.md tells how the calls go together. */
+
+#ifndef FORGE_H
+#define FORGE_H
+
+#include <stdint.h>
+
+// The ABI of this library. A header of another number does not fit it.
+#define FORGE_ABI_VERSION 1
+
+// States that a rule may have at most.
+#define FORGE_MAX_STATES 3
+
+// Hyper-parameters that a rule may have at most.
+#define FORGE_MAX_HYPER 16
+
+// Index of the learning rate in every rule's hyper-parameters.
+#define FORGE_HYPER_LR 0
+
+// Index of the weight decay in every rule's hyper-parameters.
+#define FORGE_HYPER_WEIGHT_DECAY 1
+
+// `rule_flags`: ascend instead of descend.
+#define FORGE_RULE_MAXIMIZE 1
+
+// `rule_flags`: Nesterov momentum.
+#define FORGE_RULE_NESTEROV 2
+
+// `rule_flags`: keep a momentum buffer.
+#define FORGE_RULE_MOMENTUM 4
+
+// Every status a `forge_*` function returns, in numbered bands:
+// 0 success, 1xx the call's arguments, 3xx communication, 4xx backend, 9xx internal.
+//
+// An error in the 1xx band means that nothing was written.
+enum forge_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Success.
+  FORGE_OK = 0,
+  // A pointer that must not be NULL is NULL.
+  FORGE_ERROR_NULL = 100,
+  // A pointer is not aligned for what it points to.
+  FORGE_ERROR_MISALIGNED = 101,
+  // A buffer's size is not what the shapes and formats need.
+  FORGE_ERROR_BUFFER_SIZE = 102,
+  // A size computed from the arguments does not fit 63 bits.
+  FORGE_ERROR_OVERFLOW = 103,
+  // A scalar is NaN, infinite or out of range.
+  FORGE_ERROR_SCALAR = 104,
+  // An enum's value is not one of this version's.
+  FORGE_ERROR_ENUM = 105,
+  // A dimension does not divide by the number of ranks.
+  FORGE_ERROR_SHARD = 106,
+  // A struct's `struct_size` is not one this version knows.
+  FORGE_ERROR_STRUCT_SIZE = 107,
+  // A buffer that is written overlaps another one of the call.
+  FORGE_ERROR_OVERLAP = 108,
+  // No rule of that name, or a flag that it does not take.
+  FORGE_ERROR_RULE = 109,
+  // Each argument is valid, the combination is not supported.
+  FORGE_ERROR_UNSUPPORTED = 110,
+  // The stream is not one of this backend's.
+  FORGE_ERROR_STREAM = 111,
+  // A dimension or a stride is out of range.
+  FORGE_ERROR_SHAPE = 112,
+  // The rule has no state of that index.
+  FORGE_ERROR_STATE_INDEX = 113,
+  // One of the caller's collectives reported failure.
+  FORGE_ERROR_COLLECTIVE = 300,
+  // Rank and size do not fit each other.
+  FORGE_ERROR_RANK = 301,
+  // The backend asked for is not in this build.
+  FORGE_ERROR_NO_BACKEND = 400,
+  // The thread pool could not be started.
+  FORGE_ERROR_THREADS = 401,
+  // A bug in FORGE: a panic was caught at the C boundary.
+  FORGE_ERROR_PANIC = 900,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_status forge_status;
+#else
+typedef uint32_t forge_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Where a context computes.
+enum forge_backend
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // The CPU's cores.
+  FORGE_BACKEND_CPU = 0,
+  // An NVIDIA GPU; not in this build.
+  FORGE_BACKEND_CUDA = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_backend forge_backend;
+#else
+typedef uint32_t forge_backend;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Element types.
+enum forge_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // No array.
+  FORGE_DTYPE_NONE = 0,
+  // 32-bit float.
+  FORGE_DTYPE_F32 = 1,
+  // bfloat16.
+  FORGE_DTYPE_BF16 = 2,
+  // 16-bit IEEE float.
+  FORGE_DTYPE_F16 = 3,
+  // Unsigned byte.
+  FORGE_DTYPE_U8 = 4,
+  // Unsigned 16-bit integer.
+  FORGE_DTYPE_U16 = 5,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_dtype forge_dtype;
+#else
+typedef uint32_t forge_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// How a weight is stored.
+enum forge_weight_format
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // fp32, exact.
+  FORGE_WEIGHT_F32 = 0,
+  // bf16, rounded at every update.
+  FORGE_WEIGHT_BF16 = 1,
+  // bf16, and an fp32 master in `weight_extra`.
+  FORGE_WEIGHT_BF16_F32 = 2,
+  // bf16, and the 16 bits below it in `weight_extra`: together an fp32 master.
+  FORGE_WEIGHT_BF16_16 = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_weight_format forge_weight_format;
+#else
+typedef uint32_t forge_weight_format;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// How a state is stored.
+enum forge_state_format
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // fp32, exact.
+  FORGE_STATE_F32 = 0,
+  // bf16.
+  FORGE_STATE_BF16 = 1,
+  // 8 bits and an fp32 scale for each 1×128 block.
+  FORGE_STATE_Q8 = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_state_format forge_state_format;
+#else
+typedef uint32_t forge_state_format;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// How a value is rounded into its format.
+enum forge_rounding
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // To the nearest.
+  FORGE_ROUNDING_NEAREST = 0,
+  // Up or down by chance, with an exact mean.
+  FORGE_ROUNDING_STOCHASTIC = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_rounding forge_rounding;
+#else
+typedef uint32_t forge_rounding;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Which dimension of W the ranks share out.
+enum forge_parallel
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Neither.
+  FORGE_PARALLEL_NONE = 0,
+  // out features.
+  FORGE_PARALLEL_COLUMN = 1,
+  // in features.
+  FORGE_PARALLEL_ROW = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_parallel forge_parallel;
+#else
+typedef uint32_t forge_parallel;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// What a backward does with dW.
+enum forge_backward_mode
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // The fused update.
+  FORGE_BACKWARD_UPDATE = 0,
+  // Add it to the accumulator.
+  FORGE_BACKWARD_ACCUMULATE = 1,
+  // Nothing: the caller keeps the factors.
+  FORGE_BACKWARD_KEEP = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_backward_mode forge_backward_mode;
+#else
+typedef uint32_t forge_backward_mode;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// How a norm is computed.
+enum forge_norm_method
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // The cheaper one that is accurate.
+  FORGE_NORM_AUTO = 0,
+  // Gram matrices of the factors, unless digits cancel: then tiles.
+  FORGE_NORM_GRAM = 1,
+  // Squares of tiles of dW that are then discarded.
+  FORGE_NORM_TILES = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_norm_method forge_norm_method;
+#else
+typedef uint32_t forge_norm_method;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// When the update happens.
+enum forge_schedule
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Chosen by predicted bytes.
+  FORGE_SCHEDULE_AUTO = 0,
+  // Inside the backward.
+  FORGE_SCHEDULE_IMMEDIATE = 1,
+  // At the step, from kept factors.
+  FORGE_SCHEDULE_DEFERRED = 2,
+  // From an fp32 buffer.
+  FORGE_SCHEDULE_ACCUMULATE = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_schedule forge_schedule;
+#else
+typedef uint32_t forge_schedule;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// A communicator. Opaque.
+typedef struct forge_comm forge_comm;
+
+// A backend and its resources. Opaque.
+typedef struct forge_context forge_context;
+
+// A sharded linear. Opaque; immutable, so that threads may share it.
+typedef struct forge_linear forge_linear;
+
+// The caller's own collectives. Counts are in elements of `dtype` (a forge_dtype); 0 says success.
+// A callback may start the operation and return: `wait` returns when all that was started is done.
+// Called from the thread that calls FORGE.
+typedef struct {
+  // sizeof(forge_host_collectives).
+  uint32_t struct_size;
+  // 0.
+  uint32_t reserved;
+  // First argument of every callback.
+  void *user;
+  // recv = every rank's send, in order of rank.
+  int32_t (*all_gather)(void *user,
+                        const void *send,
+                        void *recv,
+                        uint64_t send_count,
+                        uint32_t dtype);
+  // recv = this rank's part of the sum of every rank's send.
+  int32_t (*reduce_scatter)(void *user,
+                            const void *send,
+                            void *recv,
+                            uint64_t recv_count,
+                            uint32_t dtype);
+  // buffer = the sum of every rank's.
+  int32_t (*all_reduce)(void *user, void *buffer, uint64_t count, uint32_t dtype);
+  // May be NULL where the others return only when they are done.
+  int32_t (*wait)(void *user);
+} forge_host_collectives;
+
+// What a context is made of.
+typedef struct {
+  // sizeof(forge_context_config).
+  uint32_t struct_size;
+  // A forge_backend.
+  uint32_t backend;
+  // Index of the device; 0 for the CPU.
+  int32_t device;
+  // Threads of the CPU backend; 0: one for each core that the process may use.
+  uint32_t threads;
+} forge_context_config;
+
+// Receives log lines: level 1 error, 2 warning, 3 information, 4 debugging, 5 trace. The strings
+// are valid during the call. May be called from several threads at once.
+typedef void (*forge_log_callback)(void *user,
+                                   uint32_t level,
+                                   const char *target,
+                                   const char *message);
+
+// What a linear is made of: Y[tokens, out] = X[tokens, in] · W[out, in]ᵀ.
+typedef struct {
+  // sizeof(forge_linear_config).
+  uint32_t struct_size;
+  // A forge_dtype: F32, BF16 or F16; of X, dY, dX and dbias.
+  uint32_t factor_dtype;
+  // Of the whole W.
+  uint64_t out_features;
+  // Of the whole W.
+  uint64_t in_features;
+  // A forge_parallel: which dimension of W the communicator's ranks share out.
+  uint32_t parallel;
+  // 1: tokens are shared out between the layers.
+  uint32_t sequence_parallel;
+  // 1: column parallel without SP all-reduces dX.
+  uint32_t reduce_dgrad;
+  // A forge_weight_format.
+  uint32_t weight_format;
+  // A forge_rounding, of FORGE_WEIGHT_BF16.
+  uint32_t weight_rounding;
+  // A forge_rounding, of bf16 and q8 states.
+  uint32_t state_rounding;
+  // A forge_state_format for each state; those the rule lacks are ignored.
+  uint32_t state_formats[3];
+  // FORGE_RULE_… bits.
+  uint32_t rule_flags;
+  // Unique among the run's parameters, and the same on every rank: it picks the random numbers.
+  uint32_t parameter_id;
+  // 0.
+  uint32_t reserved;
+  // A rule's name, copied.
+  const char *rule;
+} forge_linear_config;
+
+// One array to allocate.
+typedef struct {
+  // Exact size; 0: no such array.
+  uint64_t bytes;
+  // Rows, contiguous.
+  uint64_t rows;
+  // Columns.
+  uint64_t cols;
+  // A forge_dtype.
+  uint32_t dtype;
+  // Of the first byte.
+  uint32_t alignment;
+} forge_array_layout;
+
+// All arrays of this rank's part of a parameter. States and scales must be zero before first use.
+typedef struct {
+  // sizeof(forge_layout).
+  uint32_t struct_size;
+  // States that the rule has.
+  uint32_t n_states;
+  // Rows of W here.
+  uint64_t out_local;
+  // Columns of W here.
+  uint64_t in_local;
+  // First row of W here.
+  uint64_t row_offset;
+  // First column of W here.
+  uint64_t col_offset;
+  // The model weight.
+  forge_array_layout weight;
+  // Master weight or lower halves.
+  forge_array_layout weight_extra;
+  // States.
+  forge_array_layout states[3];
+  // Scales of q8 states, [ceil(in_local / 128), out_local].
+  forge_array_layout scales[3];
+  // Buffer of the schedule `accumulate`.
+  forge_array_layout accumulator;
+} forge_layout;
+
+// What a step looks like, for forge_linear_plan.
+typedef struct {
+  // sizeof(forge_plan_request).
+  uint32_t struct_size;
+  // A forge_schedule: AUTO, or the one asked for.
+  uint32_t schedule;
+  // After gathering.
+  uint64_t tokens_per_micro_batch;
+  // In a step.
+  uint32_t micro_batches;
+  // 1: the update waits for all gradients (clipping, all-or-nothing check).
+  uint32_t needs_norm;
+} forge_plan_request;
+
+// A schedule and its cost.
+typedef struct {
+  // sizeof(forge_plan).
+  uint32_t struct_size;
+  // A forge_schedule, never AUTO.
+  uint32_t schedule;
+  // Kept from backward to step.
+  uint64_t factor_bytes;
+  // Of the accumulator.
+  uint64_t accumulator_bytes;
+  // What a stock fp32 gradient takes.
+  uint64_t gradient_bytes;
+  // One sentence, NUL-terminated.
+  char reason[256];
+} forge_plan;
+
+// What a rule is.
+typedef struct {
+  // sizeof(forge_rule_info).
+  uint32_t struct_size;
+  // States with the flags asked for (forge_rule_get: with all).
+  uint32_t n_states;
+  // Hyper-parameters.
+  uint32_t n_hyper;
+  // Flags that the rule takes.
+  uint32_t allowed_flags;
+  // Static.
+  const char *name;
+  // Static, n_states of them.
+  const char *state_names[3];
+  // Static, n_hyper of them.
+  const char *hyper_names[16];
+  // n_hyper of them.
+  double hyper_defaults[16];
+} forge_rule_info;
+
+// Memory that FORGE only reads.
+typedef struct {
+  // First byte, aligned to the element.
+  const void *data;
+  // Size in bytes, at least what shape and stride need.
+  uint64_t bytes;
+} forge_const_buffer;
+
+// Memory that FORGE may write: of the context's backend, allocated by the caller.
+typedef struct {
+  // First byte, aligned to the element.
+  void *data;
+  // Exact size in bytes (workspaces: at least).
+  uint64_t bytes;
+} forge_buffer;
+
+// The arrays of a parameter, of the sizes that forge_linear_layout gives; unused ones zeroed.
+typedef struct {
+  // sizeof(forge_parameter).
+  uint32_t struct_size;
+  // 0.
+  uint32_t reserved;
+  // The model weight.
+  forge_buffer weight;
+  // Master weight or lower halves.
+  forge_buffer weight_extra;
+  // States.
+  forge_buffer states[3];
+  // Scales of q8 states.
+  forge_buffer scales[3];
+} forge_parameter;
+
+// The scalars of a step.
+typedef struct {
+  // Counted from 1.
+  uint64_t step;
+  // Of stochastic rounding; the same on every rank.
+  uint64_t seed;
+  // Multiplies the gradient: clip coefficient, inverse loss scale.
+  double grad_scale;
+  // In the rule's order; index 0 the learning rate, 1 the weight decay.
+  double hyper[16];
+} forge_step_scalars;
+
+// The scalars of a step, by value or by pointer.
+typedef struct {
+  // sizeof(forge_step).
+  uint32_t struct_size;
+  // 0.
+  uint32_t reserved;
+  // Used when device_scalars is NULL.
+  forge_step_scalars scalars;
+  // In the backend's memory, read when the work runs; NULL: use `scalars`.
+  const forge_step_scalars *device_scalars;
+} forge_step;
+
+// One backward. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
+// has tokens/ranks rows. dx and dbias may have data NULL: not wanted.
+typedef struct {
+  // sizeof(forge_backward).
+  uint32_t struct_size;
+  // A forge_backward_mode.
+  uint32_t mode;
+  // After gathering.
+  uint64_t tokens;
+  // [tokens, out_local].
+  forge_const_buffer dy;
+  // [tokens, in_local].
+  forge_const_buffer x;
+  // Elements from one row of dy to the next; 0: contiguous. With SP on a row parallel linear: 0.
+  uint64_t dy_stride;
+  // Elements from one row of x to the next; 0: contiguous. With SP on a column parallel linear: 0.
+  uint64_t x_stride;
+  // [tokens, in_local], contiguous, factor_dtype.
+  forge_buffer dx;
+  // `[out_local]`, factor_dtype.
+  forge_buffer dbias;
+  // forge_linear_workspace bytes. With SP the gathered factor is left at its start.
+  forge_buffer workspace;
+  // fp32 [out_local, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
+  // (data NULL: none).
+  forge_buffer accumulator;
+  // The parameter; KEEP and ACCUMULATE read `weight` alone, and only for dx.
+  const forge_parameter *parameter;
+  // Of UPDATE; else NULL.
+  const forge_step *step;
+} forge_backward;
+
+// What an update did.
+typedef struct {
+  // sizeof(forge_report).
+  uint32_t struct_size;
+  // 0.
+  uint32_t reserved;
+  // Tiles of the shard.
+  uint64_t tiles;
+  // Tiles whose gradient was not finite: left as they were.
+  uint64_t nonfinite_tiles;
+  // Σ dW² of this shard before grad_scale.
+  double sum_of_squares;
+} forge_report;
+
+// The factors of one micro-batch, as the shard of W needs them (after gathering).
+typedef struct {
+  // [tokens, out_local].
+  forge_const_buffer dy;
+  // [tokens, in_local].
+  forge_const_buffer x;
+  // Rows of both.
+  uint64_t tokens;
+  // Elements from one row of dy to the next; 0: contiguous.
+  uint64_t dy_stride;
+  // Elements from one row of x to the next; 0: contiguous.
+  uint64_t x_stride;
+} forge_segment;
+
+// One fused update over kept factors.
+typedef struct {
+  // sizeof(forge_update).
+  uint32_t struct_size;
+  // Of `segments`; 0 is allowed: decay and moments move as on a zero gradient.
+  uint32_t n_segments;
+  // In the order in which they are summed.
+  const forge_segment *segments;
+  // fp32 [out_local, in_local], added to dW; data NULL: none.
+  forge_const_buffer accumulator;
+  // The parameter.
+  const forge_parameter *parameter;
+  // Scalars.
+  const forge_step *step;
+} forge_update;
+
+// A norm without a gradient.
+typedef struct {
+  // sizeof(forge_norm).
+  uint32_t struct_size;
+  // The forge_norm_method that gave it: GRAM or TILES.
+  uint32_t method;
+  // Σ dW² of this shard, before any scale; not finite where dW is not.
+  double sum_of_squares;
+  // 1 where dW is not finite.
+  uint32_t nonfinite;
+  // 0.
+  uint32_t reserved;
+} forge_norm;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The ABI version of the library that is loaded; compare it with `FORGE_ABI_VERSION`.
+uint32_t forge_abi_version(void);
+
+// The library's version, as `major.minor.patch`. Static.
+const char *forge_version(void);
+
+// The communicator of a single rank.
+//
+// # Safety
+// `context` is a live context, `out_comm` points to a pointer.
+forge_status forge_comm_new_solo(forge_context *context, forge_comm **out_comm);
+
+// Rank `rank` of `size`, with the caller's own collectives. The callbacks are copied and must stay
+// callable until the communicator and all linears made with it are freed.
+//
+// # Safety
+// `context` is a live context, `collectives` points to a struct of its `struct_size` whose callbacks
+// do what their comments say, `out_comm` points to a pointer.
+forge_status forge_comm_new_host(forge_context *context,
+                                 uint32_t rank,
+                                 uint32_t size,
+                                 const forge_host_collectives *collectives,
+                                 forge_comm **out_comm);
+
+// Frees a communicator; NULL is allowed. Linears made with it stay valid.
+//
+// # Safety
+// `comm` is NULL or was made by a forge_comm_new_… function and not freed.
+void forge_comm_free(forge_comm *comm);
+
+// Makes a context.
+//
+// # Safety
+// `config` points to a struct of its `struct_size`, `out_context` to a pointer.
+forge_status forge_context_new(const forge_context_config *config, forge_context **out_context);
+
+// Frees a context; NULL is allowed. Communicators and linears made with it stay valid.
+//
+// # Safety
+// `context` is NULL or was made by forge_context_new and not freed.
+void forge_context_free(forge_context *context);
+
+// The sentence of this thread's last failed call; "" when none failed. Never NULL; valid until the
+// next failure on this thread.
+const char *forge_last_error(void);
+
+// The enumerator's name, or "FORGE_UNKNOWN_STATUS". Static.
+const char *forge_status_name(uint32_t status);
+
+// Sends log lines up to `max_level` to `callback`; NULL turns them off. Replaces an earlier one;
+// a call already under way on another thread may still end after this returns.
+forge_status forge_set_log_callback(forge_log_callback callback, void *user, uint32_t max_level);
+
+// Makes a linear. It keeps what it needs of context and communicator, which may be freed before it.
+//
+// # Safety
+// `context` and `comm` are live, `config` points to a struct of its `struct_size` whose `rule` is
+// NUL-terminated, `out_linear` points to a pointer.
+forge_status forge_linear_new(forge_context *context,
+                              forge_comm *comm,
+                              const forge_linear_config *config,
+                              forge_linear **out_linear);
+
+// Frees a linear; NULL is allowed. The parameter's arrays are the caller's.
+//
+// # Safety
+// `linear` is NULL or was made by forge_linear_new and not freed.
+void forge_linear_free(forge_linear *linear);
+
+// What to allocate for this rank's part of the parameter.
+//
+// # Safety
+// `linear` is live, `out` points to a struct of its `struct_size`.
+forge_status forge_linear_layout(const forge_linear *linear, forge_layout *out);
+
+// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs.
+//
+// # Safety
+// `linear` is live, `out_bytes` points to a u64.
+forge_status forge_linear_workspace(const forge_linear *linear,
+                                    uint64_t tokens,
+                                    uint64_t *out_bytes);
+
+// Chooses a schedule by predicted bytes, or checks the one asked for, and says why.
+//
+// # Safety
+// `linear` is live, `request` and `out` point to structs of their `struct_size`.
+forge_status forge_linear_plan(const forge_linear *linear,
+                               const forge_plan_request *request,
+                               forge_plan *out);
+
+// How many rules this build has.
+uint32_t forge_rule_count(void);
+
+// The rule of this index, with all states that some flags need.
+//
+// # Safety
+// `out` points to a struct of its `struct_size`.
+forge_status forge_rule_get(uint32_t index, forge_rule_info *out);
+
+// The rule of this name, with the states that these flags need.
+//
+// # Safety
+// `name` is NUL-terminated, `out` points to a struct of its `struct_size`.
+forge_status forge_rule_find(const char *name, uint32_t rule_flags, forge_rule_info *out);
+
+// The gradient norm and what to multiply gradients by: `norm = grad_scale · √sum_of_squares`,
+// `coefficient = grad_scale · min(1, max_norm / (norm + 1e-6))`, as torch's clip_grad_norm_ and
+// Megatron-LM have it. `max_norm <= 0`: no clipping. A sum that is not finite gives that norm and a
+// coefficient of 0: skip the step.
+//
+// # Safety
+// `out_norm` and `out_coefficient` point to doubles.
+forge_status forge_clip_coefficient(double sum_of_squares,
+                                    double grad_scale,
+                                    double max_norm,
+                                    double *out_norm,
+                                    double *out_coefficient);
+
+// A whole backward: communication, dX, dbias, and what the mode says of dW. dX is computed with W as
+// it was before the update. If a collective fails before the update, W is unchanged; a failure of
+// the last wait is reported after it. `report` may be NULL.
+//
+// # Safety
+// `linear` is live, structs have their `struct_size`, buffers have the sizes that they say.
+forge_status forge_linear_backward(forge_linear *linear,
+                                   const forge_backward *backward,
+                                   forge_report *report,
+                                   void *stream);
+
+// `dx = dy · W`, without communication: dx [tokens, in_local] contiguous.
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_dgrad(forge_linear *linear,
+                                uint64_t tokens,
+                                forge_const_buffer dy,
+                                uint64_t dy_stride,
+                                const forge_parameter *parameter,
+                                forge_buffer dx,
+                                void *stream);
+
+// The fused update over the tokens of all segments. `report` may be NULL.
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_update(forge_linear *linear,
+                                 const forge_update *update,
+                                 forge_report *report,
+                                 void *stream);
+
+// `accumulator += Σ dYᵀX` over all segments; fp32 [out_local, in_local].
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_accumulate(forge_linear *linear,
+                                     const forge_segment *segments,
+                                     uint32_t n_segments,
+                                     forge_buffer accumulator,
+                                     void *stream);
+
+// `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW.
+//
+// # Safety
+// As forge_linear_backward; `out` points to a struct of its `struct_size`.
+forge_status forge_linear_norm(forge_linear *linear,
+                               const forge_segment *segments,
+                               uint32_t n_segments,
+                               forge_const_buffer accumulator,
+                               uint32_t method,
+                               forge_norm *out,
+                               void *stream);
+
+// Writes the master weight as fp32 [out_local, in_local].
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_export_weight(const forge_linear *linear,
+                                        const forge_parameter *parameter,
+                                        forge_buffer fp32);
+
+// Reads the master weight from fp32 [out_local, in_local], rounding to nearest.
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_import_weight(const forge_linear *linear,
+                                        const forge_parameter *parameter,
+                                        forge_const_buffer fp32);
+
+// Writes state `index` as fp32 [out_local, in_local].
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_export_state(const forge_linear *linear,
+                                       const forge_parameter *parameter,
+                                       uint32_t index,
+                                       forge_buffer fp32);
+
+// Reads state `index` from fp32 [out_local, in_local], rounding to nearest.
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_import_state(const forge_linear *linear,
+                                       const forge_parameter *parameter,
+                                       uint32_t index,
+                                       forge_const_buffer fp32);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* FORGE_H */

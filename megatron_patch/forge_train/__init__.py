@@ -1,0 +1,62 @@
+"""FORGE: train linear layers without ever holding a weight gradient.
+
+::
+
+    import forge_train
+
+    fused = forge_train.fuse(model, forge_train.AdamW(lr=3e-4), max_norm=1.0)
+    print(fused)                      # what was fused, what was not, and why
+    optimizer = fused.optimizer       # a torch.optim.Optimizer
+
+``forge_train.megatron`` does the same for Megatron-LM.
+"""
+
+from .engine import Engine, StepResult
+from .fuse import Fused, Row, fuse
+from .linear_function import fused_linear
+from .native import (
+    Comm,
+    Context,
+    ForgeArgumentError,
+    ForgeBackendError,
+    ForgeCommunicationError,
+    ForgeError,
+    ForgeInternalError,
+    HostComm,
+    Linear,
+    LinearSpec,
+    version,
+)
+from .optimizer import FusedOptimizer
+from .rules import SGD, Adam, AdamW, Lion, Rule
+from .weights import DenseWeight, FusedWeight
+
+__version__ = version()
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Comm",
+    "Context",
+    "DenseWeight",
+    "Engine",
+    "ForgeArgumentError",
+    "ForgeBackendError",
+    "ForgeCommunicationError",
+    "ForgeError",
+    "ForgeInternalError",
+    "Fused",
+    "FusedOptimizer",
+    "FusedWeight",
+    "HostComm",
+    "Linear",
+    "LinearSpec",
+    "Lion",
+    "Row",
+    "Rule",
+    "StepResult",
+    "fuse",
+    "fused_linear",
+    "version",
+]

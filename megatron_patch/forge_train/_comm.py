@@ -1,0 +1,134 @@
+"""Communicators: one rank alone, or the caller's torch.distributed group through C callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ._context import Context
+from ._lib import check, ffi, lib, new_struct
+from ._tensors import TORCH_DTYPE
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+_GATHER = "int32_t(void *, const void *, void *, uint64_t, uint32_t)"
+_REDUCE = "int32_t(void *, void *, uint64_t, uint32_t)"
+_WAIT = "int32_t(void *)"
+
+
+class Comm:
+    """Owns a ``forge_comm``; the tensor-parallel group of the linears made with it.
+
+    Attributes:
+        rank: this process' rank in the group.
+        size: ranks in the group.
+    """
+
+    def __init__(self, context: Context) -> None:
+        """Make the communicator of one rank."""
+        self.context = context
+        self.rank, self.size = 0, 1
+        out = ffi.new("forge_comm **")
+        check(lib.forge_comm_new_solo(context.handle, out), "communicator")
+        self.handle = ffi.gc(out[0], lib.forge_comm_free)
+
+    def check(self, status: int, what: str = "") -> None:
+        """Like :func:`forge_train._lib.check`."""
+        check(status, what)
+
+
+class HostComm(Comm):
+    """Collectives of a ``torch.distributed`` process group (gloo, MPI) as the C ABI's callbacks.
+
+    A callback wraps the raw pointers as tensors without a copy, starts the collective and returns;
+    the library computes meanwhile and calls ``wait`` before it needs the result.
+
+    Args:
+        context: the backend.
+        group: the process group; None is the default group.
+    """
+
+    def __init__(self, context: Context, group: dist.ProcessGroup | None = None) -> None:
+        """Register the callbacks; no communication takes place."""
+        import torch.distributed as dist
+
+        self.context, self.group = context, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._pending: list[tuple[Any, tuple[torch.Tensor, ...]]] = []
+        self._exception: BaseException | None = None
+        # cffi frees a callback with its Python object, so they live as long as the communicator.
+        self._callbacks = {
+            "all_gather": ffi.callback(_GATHER, self._guard(self._all_gather)),
+            "reduce_scatter": ffi.callback(_GATHER, self._guard(self._reduce_scatter)),
+            "all_reduce": ffi.callback(_REDUCE, self._guard(self._all_reduce)),
+            "wait": ffi.callback(_WAIT, self._guard(self._wait)),
+        }
+        collectives = new_struct("forge_host_collectives")
+        for name, callback in self._callbacks.items():
+            setattr(collectives, name, callback)
+        out = ffi.new("forge_comm **")
+        status = lib.forge_comm_new_host(context.handle, self.rank, self.size, collectives, out)
+        check(status, "communicator")
+        self.handle = ffi.gc(out[0], lib.forge_comm_free)
+
+    def check(self, status: int, what: str = "") -> None:
+        """Raise a callback's own exception where there was one, else the status'."""
+        exception, self._exception = self._exception, None
+        if exception is not None:
+            raise exception
+        check(status, what)
+
+    def _guard(self, body: Callable[..., None]) -> Callable[..., int]:
+        """No exception may cross C: keep it for :meth:`check` and report failure."""
+
+        def callback(_user: Any, *arguments: Any) -> int:
+            try:
+                body(*arguments)
+            except BaseException as error:  # KeyboardInterrupt, too, must not cross
+                self._exception = error
+                return 1
+            return 0
+
+        return callback
+
+    @staticmethod
+    def _tensor(pointer: Any, count: int, dtype: int) -> torch.Tensor:
+        """A 1-D tensor over memory of the library or of the caller, without a copy."""
+        torch_dtype = TORCH_DTYPE[dtype]
+        if count == 0:
+            return torch.empty(0, dtype=torch_dtype)
+        return torch.frombuffer(
+            ffi.buffer(ffi.cast("char *", pointer), count * torch_dtype.itemsize),
+            dtype=torch_dtype,
+        )
+
+    def _all_gather(self, send: Any, recv: Any, send_count: int, dtype: int) -> None:
+        import torch.distributed as dist
+
+        source = self._tensor(send, send_count, dtype)
+        target = self._tensor(recv, send_count * self.size, dtype)
+        work = dist.all_gather_into_tensor(target, source, group=self.group, async_op=True)
+        self._pending.append((work, (source, target)))
+
+    def _reduce_scatter(self, send: Any, recv: Any, recv_count: int, dtype: int) -> None:
+        import torch.distributed as dist
+
+        source = self._tensor(send, recv_count * self.size, dtype)
+        target = self._tensor(recv, recv_count, dtype)
+        work = dist.reduce_scatter_tensor(target, source, group=self.group, async_op=True)
+        self._pending.append((work, (source, target)))
+
+    def _all_reduce(self, buffer: Any, count: int, dtype: int) -> None:
+        import torch.distributed as dist
+
+        target = self._tensor(buffer, count, dtype)
+        work = dist.all_reduce(target, group=self.group, async_op=True)
+        self._pending.append((work, (target,)))
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, []
+        for work, _tensors in pending:
+            work.wait()

@@ -1,0 +1,79 @@
+"""Start one process per tensor-parallel rank, and end all of them when one fails."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+from torch import multiprocessing
+
+from forge_train.demo.config import RunConfig
+
+
+class RankError(RuntimeError):
+    """A rank died; the message holds its traceback, if it left one."""
+
+
+def launch(run: RunConfig, resume: bool) -> None:
+    """Train ``run`` on ``run.tp`` processes. Raises :class:`RankError` when one of them dies.
+
+    The others are ended then: a rank must not wait for ever in a collective for one that is gone.
+    They are ended as well when this process is killed (torch asks the kernel for that).
+    """
+    threads = max(1, _cpu_count() // run.tp)
+    _set_environment(threads)
+    with tempfile.TemporaryDirectory(prefix="forge-ranks-") as name:
+        folder = Path(name)
+        try:
+            multiprocessing.spawn(
+                _rank_main, args=(run, resume, str(folder), threads), nprocs=run.tp
+            )
+        except (
+            multiprocessing.ProcessRaisedException,
+            multiprocessing.ProcessExitedException,
+        ) as error:
+            raise RankError(_first_failure(folder) or str(error)) from None
+
+
+def _cpu_count() -> int:
+    """CPUs that this process may use, where the system tells, else those it has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _set_environment(threads: int) -> None:
+    """Set what the ranks inherit, unless the user has set it."""
+    # Both torch and the Rust thread pool read theirs when they start.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    # Megatron warns of each optional package that is missing; none of them is used here. By the
+    # environment, as its checkpoint writer starts processes of its own.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
+    # The memory measurement uses torch's profiler, which complains of the GPU that is not there.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Megatron asserts this before Blackwell under TP: launch order must be execution order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _first_failure(folder: Path) -> str | None:
+    """The oldest traceback: the later ones are of ranks that lost their partner."""
+    failures = sorted(folder.glob("rank-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    return f"{failures[0].stem}:\n{failures[0].read_text()}" if failures else None
+
+
+def _rank_main(rank: int, run: RunConfig, resume: bool, folder: str, threads: int) -> None:
+    try:
+        # Imported in the rank only: the parent never needs Megatron.
+        from forge_train.demo.train import train_rank
+
+        torch.set_num_threads(threads)
+        store = torch.distributed.FileStore(str(Path(folder) / "store"), run.tp)
+        train_rank(run, rank, resume, store)
+    except Exception:
+        Path(folder, f"rank-{rank}.txt").write_text(traceback.format_exc())
+        raise

@@ -1,0 +1,318 @@
+"""When a weight is updated: the schedules, one step at a time.
+
+Under ``immediate`` the update happens inside the backward. Under ``deferred`` a backward keeps its
+factors, and the step takes the global norm without any gradient, decides (clip, skip) and updates
+over all micro-batches at once. Under ``accumulate`` all micro-batches but the last go into an fp32
+buffer. ``auto`` asks the library per layer. ``docs/architecture.md`` has the reasons.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ._types import SCHEDULES, BackwardResult, choice
+from .misuse import recomputed, reused, second_backward
+from .step import StepResult, clip_coefficient
+from .weights import DenseWeight, FusedWeight, Use, Weight
+
+__all__ = [
+    "DenseWeight",
+    "Engine",
+    "FusedWeight",
+    "StepResult",
+    "Use",
+    "Weight",
+    "clip_coefficient",
+]
+
+_log = logging.getLogger("forge_train")
+
+
+class Engine:
+    """The weights of one model and the state of the step in progress.
+
+    Args:
+        schedule: ``auto``, ``immediate``, ``deferred`` or ``accumulate``.
+        micro_batches: backwards of each weight per step, for ``auto`` and for the checks of
+            ``immediate``.
+        needs_norm: whether steps clip by the global norm; ``immediate`` cannot.
+        check_finite: whether a deferred step looks for inf and nan and skips as a whole. Without
+            it and without clipping the norm pass is saved, and only the tiles concerned are
+            skipped.
+        seed: key of the stochastic rounding, the same on every rank.
+
+    Raises:
+        ValueError: the options exclude each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: str = "auto",
+        micro_batches: int = 1,
+        needs_norm: bool = False,
+        check_finite: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Start with no weights."""
+        choice(SCHEDULES, "schedule", schedule)
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches={micro_batches} must be at least 1")
+        if schedule == "immediate" and needs_norm:
+            raise ValueError(
+                "schedule='immediate' updates before the global norm is known, so max_norm cannot "
+                "clip; use schedule='deferred' or max_norm=None"
+            )
+        if schedule == "immediate" and micro_batches > 1:
+            raise ValueError(
+                f"schedule='immediate' updates at every backward, micro_batches={micro_batches} "
+                "would be as many steps; use schedule='deferred' or 'accumulate'"
+            )
+        self.schedule, self.micro_batches, self.needs_norm = schedule, micro_batches, needs_norm
+        self.check_finite, self.seed = check_finite, seed
+        self.weights: list[Weight] = []
+        self.steps = 0
+        self.skipped_steps = 0
+
+    @property
+    def fused(self) -> list[FusedWeight]:
+        """The weights that have no gradient."""
+        return [weight for weight in self.weights if isinstance(weight, FusedWeight)]
+
+    def add(self, weights: Iterable[Weight]) -> None:
+        """Let steps cover these weights, too."""
+        for weight in weights:
+            self.weights.append(weight)
+            if isinstance(weight, FusedWeight):
+                weight.engine = self
+
+    # -- a forward ----------------------------------------------------------------------------
+
+    def begin_use(self, weight: FusedWeight) -> Use:
+        """Note a forward with gradients enabled, before it runs; its autograd node keeps the use.
+
+        Raises:
+            RuntimeError: the weight would be updated twice in one step.
+        """
+        task = torch._C._current_graph_task_id()
+        # A forward inside a backward pass is activation recomputation: it repeats a use that was
+        # counted (or, under reentrant checkpointing, could not be), so only uses of the same pass
+        # count against it.
+        if any(not use.done and use.task == task for use in weight.uses):
+            if self.schedule == "immediate":
+                raise RuntimeError(reused(weight.name))
+            weight.reused = True
+        if weight.updated and task != -1:
+            raise RuntimeError(recomputed(weight.name))
+        return Use(weight.version, task)
+
+    # -- a backward ---------------------------------------------------------------------------
+
+    def backward(
+        self,
+        weight: FusedWeight,
+        use: Use,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        *,
+        need_dx: bool = True,
+        need_dbias: bool = False,
+    ) -> BackwardResult:
+        """Compute dX and dbias now, update the weight by its schedule.
+
+        Args:
+            weight: the layer's.
+            use: from :meth:`begin_use`.
+            dy: ``[..., out]``.
+            x: ``[..., in]``, as saved by the forward.
+            need_dx: whether to compute dX.
+            need_dbias: whether to compute dbias.
+
+        Raises:
+            RuntimeError: the weight was updated since the forward, or already in this step.
+        """
+        if weight.updated:
+            raise RuntimeError(second_backward(weight.name))
+        if use.version != weight.version:
+            raise RuntimeError(
+                f"{weight.name}: the weight was updated after this graph's forward, so its "
+                "gradient no longer exists. Run the forward again after optimizer.step()."
+            )
+        use.done = True
+        schedule = self._schedule_of(weight, dy.numel() // max(dy.shape[-1], 1))
+        if schedule == "immediate":
+            step = weight.step + 1
+            scalars = weight.linear.scalars(weight.group, step=step, seed=self.seed)
+            result = weight.linear.backward(
+                dy, x, weight.storage, mode="update",
+                need_dx=need_dx, need_dbias=need_dbias, scalars=scalars,
+            )  # fmt: skip
+            weight.updated, weight.report = True, result.report
+            weight.step, weight.version = step, weight.version + 1
+            return result
+        result = weight.linear.backward(
+            dy, x, weight.storage, mode="keep", need_dx=need_dx, need_dbias=need_dbias
+        )
+        if result.segment is None:
+            raise RuntimeError(f"{weight.name}: the backward kept no factors")
+        weight.keep(result.segment, accumulate=schedule == "accumulate")
+        return result
+
+    def _schedule_of(self, weight: FusedWeight, tokens: int) -> str:
+        """This step's schedule for a weight; fixed by its first backward of the step."""
+        if self.schedule != "auto":
+            return self.schedule
+        if weight.schedule is None:
+            plan = weight.plans.get(tokens)
+            if plan is None:
+                plan = weight.linear.plan(
+                    tokens=tokens, micro_batches=self.micro_batches, needs_norm=self.needs_norm
+                )
+                weight.plans[tokens] = plan
+                _log.info("%s: schedule %s, %s", weight.name, plan.schedule, plan.reason)
+            weight.plan, weight.schedule = plan, plan.schedule
+            if weight.reused and plan.schedule == "immediate":
+                weight.schedule = "deferred"
+        return weight.schedule
+
+    # -- a step -------------------------------------------------------------------------------
+
+    def pending(self) -> list[Weight]:
+        """The weights that wait for the step."""
+        return [weight for weight in self.weights if weight.pending]
+
+    def sum_of_squares(self) -> tuple[float, tuple[str, ...]]:
+        """``Σ dW²`` of everything pending in this process, and the names where it is not finite."""
+        total, nonfinite = 0.0, []
+        for weight in self.pending():
+            norm = weight.norm()
+            total += norm.sum_of_squares
+            if norm.nonfinite or not math.isfinite(norm.sum_of_squares):
+                nonfinite.append(weight.name)
+        return (math.inf if nonfinite else total), tuple(nonfinite)
+
+    def apply(self, coefficient: float) -> dict[str, int]:
+        """Update everything pending with ``g = coefficient · dW``.
+
+        Returns:
+            Non-finite tiles by weight.
+
+        Raises:
+            RuntimeError: pending factors were overwritten; no weight has changed.
+            ValueError: a param group's options do not fit; no weight has changed.
+        """
+        work = []
+        for weight in self.pending():
+            weight.check()
+            scalars = weight.linear.scalars(
+                weight.group, step=weight.step + 1, seed=self.seed, grad_scale=coefficient
+            )
+            work.append((weight, scalars))
+        tiles: dict[str, int] = {}
+        for weight, scalars in work:
+            count = weight.apply(scalars).nonfinite_tiles
+            if count:
+                tiles[weight.name] = count
+        return tiles
+
+    def finish_step(
+        self,
+        *,
+        max_norm: float | None = None,
+        grad_scale: float = 1.0,
+        extra_sum_of_squares: float = 0.0,
+        reduce: Callable[[float], float] | None = None,
+    ) -> StepResult:
+        """Norm, decision and update: the whole of ``optimizer.step()``.
+
+        Args:
+            max_norm: clip the global norm to this; None or 0: no clipping.
+            grad_scale: what every gradient is multiplied with, such as one over the loss scale.
+            extra_sum_of_squares: of other parameters that are clipped together with these,
+                unscaled. Multiply their gradients with the result's ``coefficient``.
+            reduce: sums the sum of squares over ranks, so that all ranks decide the same.
+
+        Raises:
+            RuntimeError: ``max_norm`` although weights were updated inside the backward.
+        """
+        immediate = self._finish_immediate()
+        if max_norm and (immediate is not None):
+            raise RuntimeError(
+                "max_norm clips by a norm that is known after the backward, but weights were "
+                "updated inside it; use schedule='deferred'"
+            )
+        tiles = immediate or {}
+        norm: float | None = None
+        coefficient = grad_scale
+        nonfinite: tuple[str, ...] = ()
+        # Under `reduce` every rank has to take part, whatever `auto` chose for its own layers.
+        together = immediate is None or (reduce is not None and self.schedule == "auto")
+        if max_norm or (self.check_finite and together):
+            for weight in self.pending():
+                weight.check()
+            total, nonfinite = self.sum_of_squares()
+            total += extra_sum_of_squares
+            total = reduce(total) if reduce is not None else total
+            if not math.isfinite(total):
+                self.skip()
+                return StepResult(False, total, 0.0, nonfinite, tiles)
+            norm, coefficient = clip_coefficient(total, grad_scale, max_norm)
+        tiles = {**tiles, **self.apply(coefficient)}
+        self._end_step()
+        return StepResult(True, norm, coefficient, tuple(tiles), tiles)
+
+    def skip(self) -> None:
+        """End the step without any update."""
+        self.skipped_steps += 1
+        for weight in self.weights:
+            weight.clear()
+        self._end_step()
+
+    def discard(self) -> None:
+        """Forget what is pending, as ``zero_grad`` does.
+
+        Raises:
+            RuntimeError: an ``immediate`` update has already used it.
+        """
+        for fused in self.fused:
+            if fused.updated:
+                raise RuntimeError(
+                    f"{fused.name}: zero_grad() between backward() and step() cannot take an "
+                    "update back that schedule='immediate' made inside the backward; use "
+                    "schedule='deferred'"
+                )
+        for weight in self.weights:
+            weight.clear()
+
+    def _finish_immediate(self) -> dict[str, int] | None:
+        """Non-finite tiles of this step's updates inside the backward; None if there were none."""
+        done = [weight for weight in self.fused if weight.updated]
+        if not done:
+            return None
+        return {
+            weight.name: weight.report.nonfinite_tiles
+            for weight in done
+            if weight.report is not None and weight.report.nonfinite_tiles
+        }
+
+    def _end_step(self) -> None:
+        self.steps += 1
+        for weight in self.fused:
+            weight.updated = False
+            weight.schedule = None
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes held now: ``weights_and_states``, ``factors``, ``accumulators``."""
+        fused = self.fused
+        return {
+            "weights_and_states": sum(weight.storage.bytes for weight in self.weights),
+            "factors": sum(weight.factor_bytes for weight in fused),
+            "accumulators": sum(
+                weight.accumulator.nbytes for weight in fused if weight.accumulator is not None
+            ),
+        }

@@ -1,0 +1,103 @@
+"""``Y = X Wᵀ (+ b)`` for autograd, with a backward that leaves no weight gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .weights import FusedWeight, Use
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _FusedLinear(torch.autograd.Function):
+    """Saves X; hands dY and X to the engine; gives autograd dX and dbias but no dW."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        parameter: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: FusedWeight,
+        use: Use,
+        gather: Gather | None,
+    ) -> torch.Tensor:
+        # Only X is saved: the backward reads W from the storage, as it is before the update. Under
+        # sequence parallelism X is this rank's shard, and the library gathers it again.
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.use = weight, use
+        full = gather(x) if gather is not None else x
+        return functional.linear(full, parameter, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        result = ctx.weight.engine.backward(
+            ctx.weight,
+            ctx.use,
+            dy,
+            x,
+            need_dx=ctx.needs_input_grad[0],
+            need_dbias=ctx.needs_input_grad[2],
+        )
+        return result.dx, None, result.dbias, None, None, None
+
+
+def fused_linear(
+    x: torch.Tensor,
+    weight: FusedWeight,
+    bias: torch.Tensor | None = None,
+    gather: Gather | None = None,
+) -> torch.Tensor:
+    """The linear of a fused weight.
+
+    Args:
+        x: ``[..., in_local]`` of the factor dtype.
+        weight: its ``parameter`` is the W of the product; its engine decides when to update.
+        bias: ``[out_local]``; it gets an ordinary gradient.
+        gather: under sequence parallelism, the forward's all-gather of ``x`` along its first
+            dimension. The backward's collectives are the library's.
+
+    Returns:
+        ``[..., out_local]``.
+
+    Raises:
+        RuntimeError: a second use that the schedule cannot take, autocast, or no engine.
+    """
+    parameter = weight.parameter
+    if not torch.is_grad_enabled() or not parameter.requires_grad:
+        full = gather(x) if gather is not None else x
+        return functional.linear(full, parameter, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(
+            f"{weight.name}: torch.autocast is not supported in training. Convert the model "
+            "(model.bfloat16()) before fuse() and choose weight_format='bf16+16', which keeps the "
+            "fp32 master."
+        )
+    engine = weight.engine
+    if engine is None:
+        raise RuntimeError(f"{weight.name} is in no engine: call engine.add([weight]) first")
+    use = engine.begin_use(weight)
+    y = _FusedLinear.apply(x, parameter, bias, weight, use, gather)
+    weight.uses.add(use)
+    return y
+
+
+class FusedTorchLinear(torch.nn.Linear):
+    """The class that a fused ``torch.nn.Linear`` has until ``Fused.remove()``.
+
+    A copy or an unpickled one carries no fused weight and is an ordinary linear.
+    """
+
+    _forge: FusedWeight | None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (torch's own name)
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        if self._forge is None:
+            return super().forward(input)
+        return fused_linear(input, self._forge, self.bias)

@@ -1,0 +1,209 @@
+"""Which weights of a Megatron model FORGE takes, which it leaves to the stock optimizer, and why.
+
+Everything that FORGE cannot train exactly as Megatron would is either *left* (the layer keeps
+running and training as before; the summary says why) or *refused* (an error before anything has
+changed, when leaving single layers would not help).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+
+from .patch import is_patched, linear_classes
+
+_LAYER = re.compile(r"(?P<stack>.*\blayers)\.\d+$")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A weight that FORGE trains. ``name`` is global: the same on every TP and PP layout."""
+
+    name: str
+    module: torch.nn.Module
+    row_parallel: bool
+    parameter_id: int
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        """The local shard, ``[out_local, in_local]``."""
+        return self.module.weight
+
+
+@dataclass(frozen=True)
+class Left:
+    """A parameter that stays with the stock optimizer, and the reason in words."""
+
+    name: str
+    reason: str
+    elements: int
+
+
+def parameter_id(name: str) -> int:
+    """Philox's parameter id: CRC-32 of the global name, so independent of TP, PP and order."""
+    return zlib.crc32(name.encode())
+
+
+def refuse(config: Any) -> None:
+    """Raise for settings under which no fused weight could be trained as Megatron would.
+
+    Args:
+        config: the model's ``TransformerConfig``.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+    reasons = {
+        "calculate_per_token_loss": "gradients are rescaled after the backward, when FORGE's "
+        "update may have happened; turn it off",
+        "defer_embedding_wgrad_compute": "it keeps the output layer's weight gradient for later, "
+        "which FORGE never forms; turn it off",
+        "fp16": "fp16 weights need dynamic loss scaling; train in bf16 or fp32",
+        "fp8": "fp8 weights are not among FORGE's formats; turn it off",
+        "fp4": "fp4 weights are not among FORGE's formats; turn it off",
+        "cpu_offloading": "offloaded activations are not there when FORGE needs them; turn it off",
+    }
+    for setting, reason in reasons.items():
+        if getattr(config, setting, None):
+            raise ValueError(f"FORGE cannot be used with {setting}: {reason}.")
+    if parallel_state.model_parallel_is_initialized():
+        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        if size > 1:
+            raise ValueError(
+                f"FORGE runs at data-parallel x context-parallel size 1 for now, not {size}: its "
+                "reduction over data parallelism is not there yet. Use tensor or pipeline "
+                "parallelism for these ranks."
+            )
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The model inside Megatron's wrappers (``Float16Module``, DDP)."""
+    while isinstance(getattr(chunk, "module", None), torch.nn.Module):
+        chunk = chunk.module
+    return chunk
+
+
+def global_names(chunk: torch.nn.Module) -> dict[str, str]:
+    """Module name in ``chunk`` → name in the whole model.
+
+    Pipeline stages number their layers from zero; ``layer_number`` (from one) is the global number.
+    """
+    renamed: dict[str, str] = {"": ""}
+    for name, module in chunk.named_modules():
+        if not name:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        whole = f"{renamed[parent]}.{leaf}".lstrip(".")
+        number = getattr(module, "layer_number", None)
+        match = _LAYER.match(whole)
+        if match and isinstance(number, int):
+            whole = f"{match['stack']}.{number - 1}"
+        renamed[name] = whole
+    return renamed
+
+
+def _reason(name: str, module: torch.nn.Module, owners: int, frozen: bool) -> str | None:
+    """Why this module's ``weight`` is left, or None when FORGE takes it."""
+    weight = module.weight
+    if frozen:
+        return "frozen: it does not train"
+    if owners > 1:
+        return f"shared by {owners} modules: a weight used twice in a step is not fused"
+    if getattr(weight, "shared_embedding", False) or getattr(weight, "shared", False):
+        return "tied to the embedding: a weight used twice in a step is not fused"
+    if not isinstance(module, linear_classes()):
+        if isinstance(module, VocabParallelEmbedding):
+            return "embedding: its gradient is no matrix product"
+        if weight.dim() < 2:
+            return "not a matrix"
+        if type(module).__module__.startswith(("megatron.core.extensions", "transformer_engine")):
+            return "Transformer Engine layer: build the model with the local layer spec to fuse it"
+        return "not a column- or row-parallel linear"
+    if not is_patched(module):
+        return f"{type(module).__name__} brings a _forward_impl of its own"
+    if getattr(module, "is_expert", False):
+        return "expert of a mixture: may see no token in a step"
+    if getattr(module, "gtp_remat_size", 1) > 1:
+        return "sharded for rematerialisation (gtp_remat)"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"{str(weight.dtype).removeprefix('torch.')} is not among FORGE's weight formats"
+    if "mtp" in name.split("."):
+        return "multi-token prediction: its gradients are clipped by a norm of their own"
+    return None
+
+
+def _used_twice(config: Any, name: str) -> str | None:
+    """Multi-token prediction calls the main output layer once per predicted token."""
+    if getattr(config, "mtp_num_layers", None) and name.endswith("output_layer"):
+        return "used again by multi-token prediction: a weight used twice in a step is not fused"
+    return None
+
+
+def _modules(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
+    for chunk in chunks:
+        model = unwrap(chunk)
+        names = global_names(model)
+        for name, module in model.named_modules(remove_duplicate=False):
+            yield names.get(name, name), module
+
+
+def choose(chunks: list[torch.nn.Module], config: Any) -> tuple[list[Chosen], list[Left]]:
+    """Divide the parameters of ``chunks`` between FORGE and the stock optimizer.
+
+    Args:
+        chunks: the model chunks of this rank, before DDP, all weights as they will train.
+        config: the model's ``TransformerConfig``.
+
+    Returns:
+        The chosen weights in model order, and everything else with its reason.
+
+    Raises:
+        ValueError: two chosen weights have the same parameter id.
+    """
+    entries = list(_modules(chunks))
+    owners = Counter(
+        id(parameter)
+        for _, module in entries
+        for parameter in module.parameters(recurse=False)
+        if parameter is not None
+    )
+    chosen: list[Chosen] = []
+    left: list[Left] = []
+    seen: set[int] = set()
+    for name, module in entries:
+        if isinstance(module, linear_classes()) and module.weight is None:
+            left.append(Left(f"{name}.weight", "tied to the embedding: no weight of its own", 0))
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            reason: str | None = "not a matrix" if parameter.dim() < 2 else "not a linear's weight"
+            if not parameter.requires_grad:
+                reason = "frozen: it does not train"
+            if key == "weight":
+                frozen = not parameter.requires_grad
+                reason = _reason(name, module, owners[id(parameter)], frozen)
+                reason = reason or _used_twice(config, name)
+            full = f"{name}.{key}"
+            if reason is None:
+                row = isinstance(module, linear_classes()[1])
+                chosen.append(Chosen(full, module, row, parameter_id(full)))
+            else:
+                left.append(Left(full, reason, parameter.numel()))
+    by_id: dict[int, str] = {}
+    for item in chosen:
+        other = by_id.setdefault(item.parameter_id, item.name)
+        if other != item.name:
+            raise ValueError(
+                f"{item.name} and {other} have the same parameter id (CRC-32 of the name), so they "
+                "would draw the same rounding noise; rename one of the modules."
+            )
+    return chosen, left

@@ -1,0 +1,45 @@
+"""The C ABI as Python objects: everything that the schedules and the Megatron side build on."""
+
+from ._comm import Comm, HostComm
+from ._context import Context, default_context
+from ._lib import (
+    ForgeArgumentError,
+    ForgeBackendError,
+    ForgeCommunicationError,
+    ForgeError,
+    ForgeInternalError,
+    version,
+)
+from ._linear import Linear
+from ._types import (
+    Layout,
+    LinearSpec,
+    Norm,
+    Plan,
+    Report,
+    Scalars,
+    Segment,
+    Storage,
+)
+
+__all__ = [
+    "Comm",
+    "Context",
+    "ForgeArgumentError",
+    "ForgeBackendError",
+    "ForgeCommunicationError",
+    "ForgeError",
+    "ForgeInternalError",
+    "HostComm",
+    "Layout",
+    "Linear",
+    "LinearSpec",
+    "Norm",
+    "Plan",
+    "Report",
+    "Scalars",
+    "Segment",
+    "Storage",
+    "default_context",
+    "version",
+]

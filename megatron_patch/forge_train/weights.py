@@ -1,0 +1,240 @@
+"""One trainable weight: its storage, what is pending for it, and who uses it.
+
+:class:`FusedWeight` is updated from factors and has no gradient. :class:`DenseWeight` is updated
+from the gradient that autograd left (embeddings, norms, biases), with the same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+
+from ._linear import Linear
+from ._types import Norm, Plan, Report, Scalars, Segment
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Use:
+    """One forward that has not been differentiated yet. Autograd's node holds it, nobody else.
+
+    Attributes:
+        version: of the weight when the forward ran.
+        task: the running backward pass if the forward is a recomputation inside one, else -1.
+        done: whether its backward has run.
+    """
+
+    def __init__(self, version: int, task: int) -> None:
+        """Note the state of the weight at the forward."""
+        self.version, self.task, self.done = version, task, False
+
+
+class Weight:
+    """What both kinds share: a parameter, its linear of the C ABI, storage and step count.
+
+    Args:
+        name: the parameter's name in the model; error messages and reports carry it.
+        parameter: the weight; updated in place through its memory.
+        linear: made for its shape, rule and formats.
+        group: the param group that is read for hyperparameters at every update; options that it
+            lacks are the rule's own.
+
+    Attributes:
+        storage: weight and states.
+        step: updates applied so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: torch.nn.Parameter,
+        linear: Linear,
+        group: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Allocate the states."""
+        self.name, self.parameter, self.linear = name, parameter, linear
+        self.group: Mapping[str, Any] = group if group is not None else {}
+        layout = linear.layout
+        matrix = parameter.detach().view(layout.out_local, layout.in_local)
+        self.storage = linear.allocate(matrix)
+        self.step = 0
+        self.version = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a fused module is a plain module: states belong to one weight only."""
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A pickled fused module is a plain module; see ``state_dict`` for the states."""
+        return type(None), ()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits for the optimizer step."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise if what is pending can no longer be trusted."""
+
+    def norm(self) -> Norm:
+        """``Σ dW²`` of what is pending."""
+        raise NotImplementedError
+
+    def apply(self, scalars: Scalars) -> Report:
+        """Update with everything pending, which is then gone."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Forget what is pending."""
+        raise NotImplementedError
+
+
+class FusedWeight(Weight):
+    """A linear's weight that no gradient exists for.
+
+    Attributes:
+        segments: factors that wait for the step.
+        accumulator: fp32 ``[out, in]``, allocated by the first step that needs it.
+        accumulated: whether the accumulator holds micro-batches of this step.
+        updated: whether this step's update has happened inside the backward.
+        report: of the last update.
+        plan: why ``auto`` chose its schedule.
+        uses: forwards whose graphs are alive.
+        schedule: of this step, under ``auto``; chosen by its first backward.
+        engine: decides when it is updated; set by ``Engine.add``.
+        reused: whether several forwards were seen in one step under ``auto``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: torch.nn.Parameter,
+        linear: Linear,
+        group: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Allocate the states; nothing is pending."""
+        super().__init__(name, parameter, linear, group)
+        self.segments: list[Segment] = []
+        self.accumulator: torch.Tensor | None = None
+        self.accumulated = False
+        self.updated = False
+        self.report: Report | None = None
+        self.schedule: str | None = None
+        self.plan: Plan | None = None
+        self.plans: dict[int, Plan] = {}
+        self.uses: WeakSet[Use] = WeakSet()
+        self.reused = False
+        self.engine: Engine | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether factors or accumulated micro-batches wait for the optimizer step."""
+        return bool(self.segments) or self.accumulated
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors held for the step."""
+        return sum(segment.bytes for segment in self.segments)
+
+    def keep(self, segment: Segment, *, accumulate: bool) -> None:
+        """Take a micro-batch's factors.
+
+        With ``accumulate``, the ones kept before go into the accumulator first, so that only the
+        last micro-batch is held as factors and joins the update's own pass.
+        """
+        if accumulate and self.segments:
+            self.check()
+            if self.accumulator is None:
+                layout = self.linear.layout
+                self.accumulator = torch.zeros(layout.out_local, layout.in_local)
+            elif not self.accumulated:
+                self.accumulator.zero_()
+            self.linear.accumulate(self.segments, self.accumulator)
+            self.accumulated = True
+            self.segments.clear()
+        self.segments.append(segment)
+
+    def check(self) -> None:
+        """Raise if somebody wrote into kept factors.
+
+        Raises:
+            RuntimeError: an in-place operation changed an activation or its gradient.
+        """
+        if any(segment.overwritten for segment in self.segments):
+            raise RuntimeError(
+                f"{self.name}: an input or output gradient kept for the optimizer step was changed "
+                "in place since the backward. Make that operation out-of-place, or exclude this "
+                "layer from fuse()."
+            )
+
+    def norm(self) -> Norm:
+        """``Σ dW²`` over segments and accumulator together."""
+        return self.linear.norm(self.segments, self._accumulated())
+
+    def apply(self, scalars: Scalars) -> Report:
+        """Update over segments and accumulator together."""
+        report = self.linear.update(self.segments, self.storage, scalars, self._accumulated())
+        self.step, self.report = scalars.step, report
+        self.version += 1
+        self.clear()
+        return report
+
+    def clear(self) -> None:
+        """Drop factors; the accumulator's memory stays for the next step."""
+        self.segments.clear()
+        self.accumulated = False
+        self.schedule = None
+
+    def _accumulated(self) -> torch.Tensor | None:
+        return self.accumulator if self.accumulated else None
+
+
+class DenseWeight(Weight):
+    """A parameter with an ordinary gradient, updated by the same rule.
+
+    The parameter is one row ``[1, n]`` of a linear, its gradient the accumulator of an update
+    without factors.
+    """
+
+    @property
+    def pending(self) -> bool:
+        """Whether autograd left a gradient."""
+        return self.parameter.grad is not None
+
+    def check(self) -> None:
+        """Raise if the gradient is of a kind that the library cannot read.
+
+        Raises:
+            RuntimeError: the gradient is sparse.
+        """
+        grad = self.parameter.grad
+        if grad is not None and grad.is_sparse:
+            raise RuntimeError(
+                f"{self.name} has a sparse gradient, which no FORGE rule takes. Build the "
+                "embedding with sparse=False, or fuse(..., rest=False) and step it with your own "
+                "optimizer."
+            )
+
+    def norm(self) -> Norm:
+        """``Σ g²`` of the gradient."""
+        return self.linear.norm((), self._gradient(), "tiles")
+
+    def apply(self, scalars: Scalars) -> Report:
+        """Update from the gradient, which stays until ``zero_grad``, as torch's optimizers do."""
+        report = self.linear.update((), self.storage, scalars, self._gradient())
+        self.step = scalars.step
+        self.version += 1
+        return report
+
+    def clear(self) -> None:
+        """The gradient belongs to the user's ``zero_grad``."""
+
+    def _gradient(self) -> torch.Tensor:
+        grad = self.parameter.grad
+        if grad is None:
+            raise RuntimeError(f"{self.name} has no gradient")
+        return grad.detach().float().contiguous().view(1, -1)

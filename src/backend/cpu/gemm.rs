@@ -1,0 +1,162 @@
+//! Matrix products on one thread, by the `matrixmultiply` crate, with a pinned order of summation.
+//!
+//! The summed dimension is cut into chunks of [`CHUNK`], counted from the start of a segment; each
+//! element is summed in order within a chunk, and chunks are added in order. That order depends on
+//! nothing else, so tiles, shards and schedules give the same bits. (`matrixmultiply` sums each
+//! element with one accumulator within its own depth block of 256, which a chunk never exceeds, and
+//! treats edges with the same kernel; tests pin both.)
+
+use super::super::{Accumulator, Factors, Matrix, Shard};
+use super::scratch::Scratch;
+use super::tile::Tile;
+use crate::format::{Dtype, load_factor};
+
+/// Terms of a sum that share one accumulator.
+pub const CHUNK: usize = 256;
+
+/// An operand in fp32: element `(i, k)` is at `i * row + k * depth` (in elements).
+#[derive(Clone, Copy)]
+pub struct Operand {
+    /// Element (0, 0).
+    pub data: *const f32,
+    /// Distance along the operand's kept dimension.
+    pub row: usize,
+    /// Distance along the summed dimension.
+    pub depth: usize,
+}
+
+/// `c[m, n] += a · bᵀ` over `depth <= CHUNK` terms; `c` row-major with `c_stride`.
+///
+/// # Safety
+/// The operands and `c` are valid for these sizes and strides.
+pub unsafe fn add_product(
+    m: usize,
+    n: usize,
+    depth: usize,
+    a: Operand,
+    b: Operand,
+    c: *mut f32,
+    c_stride: usize,
+) {
+    debug_assert!(depth <= CHUNK);
+    // SAFETY: as promised by the caller; sgemm reads m·depth and depth·n elements, writes m·n.
+    unsafe {
+        matrixmultiply::sgemm(
+            m,
+            depth,
+            n,
+            1.0,
+            a.data,
+            a.row as isize,
+            a.depth as isize,
+            b.data,
+            b.depth as isize,
+            b.row as isize,
+            1.0,
+            c,
+            c_stride as isize,
+            1,
+        );
+    }
+}
+
+/// Rows `first..first+rows` and `cols` columns from `col` of a matrix as fp32, row-major: in place
+/// where it is fp32 already, converted into `buffer` otherwise. Returns first element and stride.
+///
+/// # Safety
+/// The matrix is valid for these rows and columns.
+pub unsafe fn rows_as_f32(
+    dtype: Dtype,
+    matrix: Matrix,
+    first: usize,
+    rows: usize,
+    col: usize,
+    cols: usize,
+    buffer: &mut Vec<f32>,
+) -> (*const f32, usize) {
+    // SAFETY: offsets stay within the rows and columns that the caller promises.
+    unsafe {
+        let at = |row: usize| matrix.data.add((row * matrix.stride + col) * dtype.bytes());
+        if dtype == Dtype::F32 {
+            return (at(first).cast(), matrix.stride);
+        }
+        if buffer.len() < rows * cols {
+            buffer.resize(rows * cols, 0.0);
+        }
+        for row in 0..rows {
+            load_factor(dtype, at(first + row), &mut buffer[row * cols..(row + 1) * cols]);
+        }
+        (buffer.as_ptr(), cols)
+    }
+}
+
+/// One tile of `dW = Σ dYᵀX (+ accumulator)` into `scratch.tile`, row-major, `tile.cols` wide.
+///
+/// # Safety
+/// Factors and accumulator are valid for the shard.
+pub unsafe fn wgrad_tile(
+    dtype: Dtype,
+    shard: &Shard,
+    factors: &[Factors],
+    accumulator: Option<Accumulator>,
+    tile: Tile,
+    scratch: &mut Scratch,
+) {
+    let Scratch { tile: out, left, right } = scratch;
+    out.clear();
+    out.resize(tile.rows * tile.cols, 0.0);
+    // Starting from +0 (and adding to it) is what an accumulator that starts as zeros does, so the
+    // schedules agree in the sign of zero, too.
+    // SAFETY: the tile lies within the shard.
+    unsafe {
+        if let Some(Accumulator(buffer)) = accumulator {
+            for (row, out) in out.chunks_exact_mut(tile.cols).enumerate() {
+                let at = (tile.row + row) * shard.cols + tile.col;
+                out.copy_from_slice(std::slice::from_raw_parts(buffer.add(at), tile.cols));
+            }
+        }
+        for segment in factors {
+            for first in (0..segment.tokens).step_by(CHUNK) {
+                let depth = CHUNK.min(segment.tokens - first);
+                let (dy, dy_stride) =
+                    rows_as_f32(dtype, segment.dy, first, depth, tile.row, tile.rows, left);
+                let (x, x_stride) =
+                    rows_as_f32(dtype, segment.x, first, depth, tile.col, tile.cols, right);
+                let dy = Operand { data: dy, row: 1, depth: dy_stride };
+                let x = Operand { data: x, row: 1, depth: x_stride };
+                add_product(tile.rows, tile.cols, depth, dy, x, out.as_mut_ptr(), tile.cols);
+            }
+        }
+    }
+}
+
+/// One tile of `dX = dY · W` into `scratch.tile`: `tile.rows` tokens by `tile.cols` columns.
+///
+/// # Safety
+/// dY and W are valid for the shard and these tokens.
+pub unsafe fn dgrad_tile(
+    dtype: Dtype,
+    weight_dtype: Dtype,
+    shard: &Shard,
+    dy: Matrix,
+    weight: *const u8,
+    tile: Tile,
+    scratch: &mut Scratch,
+) {
+    let Scratch { tile: out, left, right } = scratch;
+    out.clear();
+    out.resize(tile.rows * tile.cols, 0.0);
+    let weight = Matrix { data: weight, stride: shard.cols };
+    // SAFETY: the tile lies within tokens × shard columns.
+    unsafe {
+        for first in (0..shard.rows).step_by(CHUNK) {
+            let depth = CHUNK.min(shard.rows - first);
+            let (dy, dy_stride) = rows_as_f32(dtype, dy, tile.row, tile.rows, first, depth, left);
+            let (w, w_stride) =
+                rows_as_f32(weight_dtype, weight, first, depth, tile.col, tile.cols, right);
+            let dy = Operand { data: dy, row: dy_stride, depth: 1 };
+            let w = Operand { data: w, row: 1, depth: w_stride };
+            add_product(tile.rows, tile.cols, depth, dy, w, out.as_mut_ptr(), tile.cols);
+        }
+    }
+}

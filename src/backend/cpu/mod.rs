@@ -1,0 +1,348 @@
+//! The CPU backend: a tile of dW in a thread's own scratch, the rule applied there, tiles over a
+//! thread pool.
+
+mod gemm;
+mod image;
+pub(crate) mod isa;
+mod norm;
+mod scratch;
+mod tile;
+mod update;
+
+pub use gemm::CHUNK;
+pub use tile::{Grid, Tile};
+
+use super::{
+    Accumulator, Arrays, Backend, Factors, Image, Matrix, Norm, NormMethod, Report, Scheme, Shard,
+    Step,
+};
+use crate::error::{Error, Result, bail, forge_status};
+use crate::format::store_factor;
+use rayon::prelude::*;
+use scratch::{Scratch, ScratchPool};
+use update::{TileUpdate, apply_tile, sum_of_squares};
+
+/// A thread pool and its scratch.
+pub struct Cpu {
+    /// None: all work on the caller's thread.
+    pool: Option<rayon::ThreadPool>,
+    threads: usize,
+    scratch: ScratchPool,
+}
+
+impl Cpu {
+    /// A backend with this many threads; 0 takes one for each core that this process may use.
+    pub fn new(threads: usize) -> Result<Self> {
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        let pool = if threads == 1 {
+            None
+        } else {
+            let build = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .thread_name(|i| format!("forge-{i}"))
+                .build();
+            Some(build.map_err(|e| {
+                Error::new(
+                    forge_status::FORGE_ERROR_THREADS,
+                    format!("threads: a pool of {threads} could not be started: {e}"),
+                )
+            })?)
+        };
+        Ok(Self { pool, threads, scratch: ScratchPool::default() })
+    }
+
+    /// `work(index, scratch)` for each index, results in order of index.
+    fn for_each<T: Send>(
+        &self,
+        count: usize,
+        work: impl Fn(usize, &mut Scratch) -> T + Sync,
+    ) -> Vec<T> {
+        let one = |index: usize| self.scratch.with(|scratch| work(index, scratch));
+        match &self.pool {
+            Some(pool) if count > 1 => {
+                pool.install(|| (0..count).into_par_iter().with_max_len(1).map(one).collect())
+            }
+            _ => (0..count).map(one).collect(),
+        }
+    }
+
+    /// The update with dW as a tensor: one product over the whole shard, stored to memory, then the
+    /// same rule from there. The reference that the fused update is held against, bit for bit.
+    ///
+    /// # Safety
+    /// As [`Backend::update`].
+    #[doc(hidden)]
+    pub unsafe fn update_two_phase(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        arrays: &Arrays,
+        step: &Step,
+    ) {
+        let mut gradient = vec![0.0f32; shard.rows * shard.cols];
+        // SAFETY: as promised by the caller.
+        unsafe {
+            self.accumulate(scheme, shard, factors, Accumulator(gradient.as_mut_ptr()));
+            let whole = Tile { row: 0, col: 0, rows: shard.rows, cols: shard.cols };
+            let update = TileUpdate { scheme, shard, arrays, step };
+            apply_tile(update, whole, &mut gradient, shard.cols);
+        }
+    }
+
+    /// Σ over tiles of the squares of dW, tile by tile in scratch.
+    ///
+    /// # Safety
+    /// As [`Backend::norm`].
+    unsafe fn norm_of_tiles(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+    ) -> f64 {
+        let grid = Grid::new(shard.rows, shard.cols, self.threads);
+        let sums = self.for_each(grid.len(), |index, scratch| {
+            // SAFETY: as promised by the caller.
+            unsafe {
+                let tile = grid.tile(index);
+                gemm::wgrad_tile(scheme.factor_dtype, shard, factors, accumulator, tile, scratch);
+            }
+            sum_of_squares(&scratch.tile)
+        });
+        sums.iter().sum()
+    }
+
+    /// The Gram norm, or None where it lost too many digits to say.
+    ///
+    /// # Safety
+    /// As [`Backend::norm`].
+    unsafe fn norm_of_grams(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+    ) -> Option<f64> {
+        let blocks = norm::blocks(factors);
+        let pairs: Vec<(usize, usize)> =
+            (0..blocks.len()).flat_map(|a| (a..blocks.len()).map(move |b| (a, b))).collect();
+        let partials = self.for_each(pairs.len(), |index, scratch| {
+            let (a, b) = pairs[index];
+            // SAFETY: as promised by the caller.
+            unsafe {
+                let dtype = scheme.factor_dtype;
+                norm::pair(dtype, shard, factors, blocks[a], blocks[b], a == b, scratch)
+            }
+        });
+        let total = partials.into_iter().fold(norm::Partial::default(), norm::Partial::add);
+        total.is_accurate().then_some(total.sum)
+    }
+}
+
+/// Whether Gram matrices take fewer operations than the tiles: `T²(in+out)` against `2·T·in·out`.
+pub fn gram_is_cheaper(shard: &Shard, tokens: usize) -> bool {
+    let (t, i, o) = (tokens as f64, shard.cols as f64, shard.rows as f64);
+    t * (i + o) < 2.0 * i * o
+}
+
+impl Backend for Cpu {
+    fn check_stream(&self, stream: *mut std::ffi::c_void) -> Result<()> {
+        if !stream.is_null() {
+            bail!(FORGE_ERROR_STREAM, "stream: {stream:p} given to the CPU backend; pass NULL");
+        }
+        Ok(())
+    }
+
+    fn alignment(&self, element_bytes: usize) -> usize {
+        element_bytes
+    }
+
+    unsafe fn update(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+        arrays: &Arrays,
+        step: &Step,
+    ) -> Report {
+        let grid = Grid::new(shard.rows, shard.cols, self.threads);
+        let update = TileUpdate { scheme, shard, arrays, step };
+        let sums = self.for_each(grid.len(), |index, scratch| {
+            let tile = grid.tile(index);
+            // SAFETY: as promised by the caller; tiles are disjoint.
+            unsafe {
+                gemm::wgrad_tile(scheme.factor_dtype, shard, factors, accumulator, tile, scratch);
+                let squares = sum_of_squares(&scratch.tile);
+                // The scale can overflow what was finite, so it is part of the question.
+                let largest = squares.sqrt() * f64::from(step.grad_scale).abs();
+                let finite = largest.is_finite()
+                    && (largest < f64::from(f32::MAX)
+                        || scratch.tile.iter().all(|g| (g * step.grad_scale).is_finite()));
+                if finite {
+                    apply_tile(update, tile, &mut scratch.tile, tile.cols);
+                }
+                (squares, finite)
+            }
+        });
+        Report {
+            tiles: sums.len() as u64,
+            nonfinite_tiles: sums.iter().filter(|(_, finite)| !finite).count() as u64,
+            sum_of_squares: sums.iter().map(|(squares, _)| squares).sum(),
+        }
+    }
+
+    unsafe fn accumulate(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Accumulator,
+    ) {
+        let grid = Grid::new(shard.rows, shard.cols, self.threads);
+        self.for_each(grid.len(), |index, scratch| {
+            let tile = grid.tile(index);
+            let old = Some(accumulator);
+            // SAFETY: as promised by the caller; tiles are disjoint.
+            unsafe {
+                gemm::wgrad_tile(scheme.factor_dtype, shard, factors, old, tile, scratch);
+                for (row, sums) in scratch.tile.chunks_exact(tile.cols).enumerate() {
+                    let at = (tile.row + row) * shard.cols + tile.col;
+                    std::slice::from_raw_parts_mut(accumulator.get().add(at), tile.cols)
+                        .copy_from_slice(sums);
+                }
+            }
+        });
+    }
+
+    unsafe fn norm(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+        method: NormMethod,
+    ) -> Norm {
+        let tokens = factors.iter().map(|f| f.tokens).sum();
+        let try_gram = accumulator.is_none()
+            && match method {
+                NormMethod::Auto => gram_is_cheaper(shard, tokens),
+                NormMethod::Gram => true,
+                NormMethod::Tiles => false,
+            };
+        // SAFETY: as promised by the caller.
+        unsafe {
+            if try_gram && let Some(sum) = self.norm_of_grams(scheme, shard, factors) {
+                return Norm { method: NormMethod::Gram, sum_of_squares: sum };
+            }
+            let sum = self.norm_of_tiles(scheme, shard, factors, accumulator);
+            Norm { method: NormMethod::Tiles, sum_of_squares: sum }
+        }
+    }
+
+    unsafe fn dgrad(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        tokens: usize,
+        dy: Matrix,
+        weight: *const u8,
+        dx: *mut u8,
+    ) {
+        let dtype = scheme.factor_dtype;
+        let (weight, dx) = (Shared(weight.cast_mut()), Shared(dx));
+        let grid = Grid::new(tokens, shard.cols, self.threads);
+        self.for_each(grid.len(), |index, scratch| {
+            let tile = grid.tile(index);
+            let weight_dtype = scheme.weight_format.model_dtype();
+            // SAFETY: as promised by the caller; tiles of dX are disjoint.
+            unsafe {
+                gemm::dgrad_tile(dtype, weight_dtype, shard, dy, weight.get(), tile, scratch);
+                for (row, values) in scratch.tile.chunks_exact(tile.cols).enumerate() {
+                    let at = (tile.row + row) * shard.cols + tile.col;
+                    store_factor(dtype, dx.get().add(at * dtype.bytes()), values);
+                }
+            }
+        });
+    }
+
+    unsafe fn bias_grad(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        tokens: usize,
+        dy: Matrix,
+        dbias: *mut u8,
+    ) {
+        let dtype = scheme.factor_dtype;
+        let width = tile::MAX_TILE;
+        let dbias = Shared(dbias);
+        self.for_each(shard.rows.div_ceil(width), |index, scratch| {
+            let col = index * width;
+            let cols = width.min(shard.rows - col);
+            scratch.tile.clear();
+            scratch.tile.resize(cols, 0.0);
+            for token in 0..tokens {
+                // SAFETY: as promised by the caller.
+                let row = unsafe {
+                    let (row, _) =
+                        gemm::rows_as_f32(dtype, dy, token, 1, col, cols, &mut scratch.left);
+                    std::slice::from_raw_parts(row, cols)
+                };
+                for (sum, value) in scratch.tile.iter_mut().zip(row) {
+                    *sum += value;
+                }
+            }
+            // SAFETY: as promised by the caller; column ranges are disjoint.
+            unsafe { store_factor(dtype, dbias.get().add(col * dtype.bytes()), &scratch.tile) };
+        });
+    }
+
+    unsafe fn export(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        arrays: &Arrays,
+        image: Image,
+        out: *mut f32,
+    ) {
+        let out = Accumulator(out);
+        self.for_each(shard.rows, |row, _| {
+            // SAFETY: as promised by the caller; rows are disjoint.
+            unsafe { image::export_row(scheme, shard, arrays, image, row, out.get()) };
+        });
+    }
+
+    unsafe fn import(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        arrays: &Arrays,
+        image: Image,
+        values: *const f32,
+    ) {
+        let values = Accumulator(values.cast_mut());
+        self.for_each(shard.rows, |row, _| {
+            // SAFETY: as promised by the caller; rows are disjoint.
+            unsafe { image::import_row(scheme, shard, arrays, image, row, values.get()) };
+        });
+    }
+}
+
+/// A pointer that tiles on several threads use at disjoint places.
+#[derive(Clone, Copy)]
+struct Shared(*mut u8);
+
+// SAFETY: see the type's own line.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn get(self) -> *mut u8 {
+        self.0
+    }
+}

@@ -1,0 +1,136 @@
+//! Errors, and the status numbers they become at the C ABI.
+
+/// Every status a `forge_*` function returns, in numbered bands:
+/// 0 success, 1xx the call's arguments, 3xx communication, 4xx backend, 9xx internal.
+///
+/// An error in the 1xx band means that nothing was written.
+#[allow(non_camel_case_types)]
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum forge_status {
+    /// Success.
+    FORGE_OK = 0,
+    /// A pointer that must not be NULL is NULL.
+    FORGE_ERROR_NULL = 100,
+    /// A pointer is not aligned for what it points to.
+    FORGE_ERROR_MISALIGNED = 101,
+    /// A buffer's size is not what the shapes and formats need.
+    FORGE_ERROR_BUFFER_SIZE = 102,
+    /// A size computed from the arguments does not fit 63 bits.
+    FORGE_ERROR_OVERFLOW = 103,
+    /// A scalar is NaN, infinite or out of range.
+    FORGE_ERROR_SCALAR = 104,
+    /// An enum's value is not one of this version's.
+    FORGE_ERROR_ENUM = 105,
+    /// A dimension does not divide by the number of ranks.
+    FORGE_ERROR_SHARD = 106,
+    /// A struct's `struct_size` is not one this version knows.
+    FORGE_ERROR_STRUCT_SIZE = 107,
+    /// A buffer that is written overlaps another one of the call.
+    FORGE_ERROR_OVERLAP = 108,
+    /// No rule of that name, or a flag that it does not take.
+    FORGE_ERROR_RULE = 109,
+    /// Each argument is valid, the combination is not supported.
+    FORGE_ERROR_UNSUPPORTED = 110,
+    /// The stream is not one of this backend's.
+    FORGE_ERROR_STREAM = 111,
+    /// A dimension or a stride is out of range.
+    FORGE_ERROR_SHAPE = 112,
+    /// The rule has no state of that index.
+    FORGE_ERROR_STATE_INDEX = 113,
+    /// One of the caller's collectives reported failure.
+    FORGE_ERROR_COLLECTIVE = 300,
+    /// Rank and size do not fit each other.
+    FORGE_ERROR_RANK = 301,
+    /// The backend asked for is not in this build.
+    FORGE_ERROR_NO_BACKEND = 400,
+    /// The thread pool could not be started.
+    FORGE_ERROR_THREADS = 401,
+    /// A bug in FORGE: a panic was caught at the C boundary.
+    FORGE_ERROR_PANIC = 900,
+}
+
+use forge_status as S;
+
+impl forge_status {
+    /// All statuses, for tables and tests.
+    pub const ALL: &[forge_status] = &[
+        S::FORGE_OK,
+        S::FORGE_ERROR_NULL,
+        S::FORGE_ERROR_MISALIGNED,
+        S::FORGE_ERROR_BUFFER_SIZE,
+        S::FORGE_ERROR_OVERFLOW,
+        S::FORGE_ERROR_SCALAR,
+        S::FORGE_ERROR_ENUM,
+        S::FORGE_ERROR_SHARD,
+        S::FORGE_ERROR_STRUCT_SIZE,
+        S::FORGE_ERROR_OVERLAP,
+        S::FORGE_ERROR_RULE,
+        S::FORGE_ERROR_UNSUPPORTED,
+        S::FORGE_ERROR_STREAM,
+        S::FORGE_ERROR_SHAPE,
+        S::FORGE_ERROR_STATE_INDEX,
+        S::FORGE_ERROR_COLLECTIVE,
+        S::FORGE_ERROR_RANK,
+        S::FORGE_ERROR_NO_BACKEND,
+        S::FORGE_ERROR_THREADS,
+        S::FORGE_ERROR_PANIC,
+    ];
+
+    /// The enumerator's name, NUL-terminated for C.
+    pub fn name(self) -> &'static std::ffi::CStr {
+        match self {
+            S::FORGE_OK => c"FORGE_OK",
+            S::FORGE_ERROR_NULL => c"FORGE_ERROR_NULL",
+            S::FORGE_ERROR_MISALIGNED => c"FORGE_ERROR_MISALIGNED",
+            S::FORGE_ERROR_BUFFER_SIZE => c"FORGE_ERROR_BUFFER_SIZE",
+            S::FORGE_ERROR_OVERFLOW => c"FORGE_ERROR_OVERFLOW",
+            S::FORGE_ERROR_SCALAR => c"FORGE_ERROR_SCALAR",
+            S::FORGE_ERROR_ENUM => c"FORGE_ERROR_ENUM",
+            S::FORGE_ERROR_SHARD => c"FORGE_ERROR_SHARD",
+            S::FORGE_ERROR_STRUCT_SIZE => c"FORGE_ERROR_STRUCT_SIZE",
+            S::FORGE_ERROR_OVERLAP => c"FORGE_ERROR_OVERLAP",
+            S::FORGE_ERROR_RULE => c"FORGE_ERROR_RULE",
+            S::FORGE_ERROR_UNSUPPORTED => c"FORGE_ERROR_UNSUPPORTED",
+            S::FORGE_ERROR_STREAM => c"FORGE_ERROR_STREAM",
+            S::FORGE_ERROR_SHAPE => c"FORGE_ERROR_SHAPE",
+            S::FORGE_ERROR_STATE_INDEX => c"FORGE_ERROR_STATE_INDEX",
+            S::FORGE_ERROR_COLLECTIVE => c"FORGE_ERROR_COLLECTIVE",
+            S::FORGE_ERROR_RANK => c"FORGE_ERROR_RANK",
+            S::FORGE_ERROR_NO_BACKEND => c"FORGE_ERROR_NO_BACKEND",
+            S::FORGE_ERROR_THREADS => c"FORGE_ERROR_THREADS",
+            S::FORGE_ERROR_PANIC => c"FORGE_ERROR_PANIC",
+        }
+    }
+}
+
+/// What went wrong, naming the argument, its value and the way out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// The number the C ABI returns.
+    pub status: forge_status,
+    /// One sentence for a person.
+    pub message: String,
+}
+
+impl Error {
+    /// An error of this status with this sentence.
+    pub fn new(status: forge_status, message: impl Into<String>) -> Self {
+        Self { status, message: message.into() }
+    }
+}
+
+/// The result of everything fallible in FORGE.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// `return Err(...)` with a status (short name) and a formatted sentence.
+macro_rules! bail {
+    ($status:ident, $($arg:tt)*) => {
+        return Err($crate::error::Error::new(
+            $crate::error::forge_status::$status,
+            format!($($arg)*),
+        ))
+    };
+}
+pub(crate) use bail;

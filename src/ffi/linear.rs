@@ -1,0 +1,219 @@
+//! `forge_linear`: creation, layout, plan.
+
+use super::boundary::{boundary, check_out_struct, check_pointer, handle, read_struct};
+use super::comm::forge_comm;
+use super::context::forge_context;
+use super::types::{
+    forge_array_layout, forge_layout, forge_linear_config, forge_plan, forge_plan_request,
+};
+use super::{dtype_code, enums};
+use crate::backend::Scheme;
+use crate::error::{Result, bail, forge_status};
+use crate::format::{Dtype, StateFormat};
+use crate::linear::{ArrayLayout, Layout, Linear, PlanRequest, Shape};
+use crate::rule::{self, MAX_STATES};
+use std::ffi::c_char;
+
+/// A sharded linear. Opaque; immutable, so that threads may share it.
+pub struct forge_linear {
+    pub(super) linear: Linear,
+    pub(super) layout: Layout,
+}
+
+fn flag(name: &str, value: u32) -> Result<bool> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => bail!(FORGE_ERROR_ENUM, "{name}: {value} is neither 0 nor 1"),
+    }
+}
+
+/// # Safety
+/// `config.rule` is NULL or NUL-terminated.
+unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
+    // SAFETY: as promised by the caller.
+    let rule = unsafe { super::rule::find(config.rule)? };
+    rule::check_flags(rule, config.rule_flags)?;
+    let factor_dtype = match enums::dtype("factor_dtype", config.factor_dtype)? {
+        Some(dtype @ (Dtype::F32 | Dtype::Bf16 | Dtype::F16)) => dtype,
+        other => {
+            bail!(FORGE_ERROR_UNSUPPORTED, "factor_dtype: {other:?}; factors are F32, BF16 or F16")
+        }
+    };
+    let n_states = rule.states(config.rule_flags);
+    let mut state_formats = [StateFormat::F32; MAX_STATES];
+    for k in 0..n_states {
+        let name = format!("state_formats[{k}]");
+        state_formats[k] = enums::state_format(&name, config.state_formats[k])?;
+    }
+    Ok(Scheme {
+        rule,
+        flags: config.rule_flags,
+        n_states,
+        weight_format: enums::weight_format("weight_format", config.weight_format)?,
+        weight_rounding: enums::rounding("weight_rounding", config.weight_rounding)?,
+        state_formats,
+        state_rounding: enums::rounding("state_rounding", config.state_rounding)?,
+        factor_dtype,
+        parameter_id: config.parameter_id,
+    })
+}
+
+/// Makes a linear. It keeps what it needs of context and communicator, which may be freed before it.
+///
+/// # Safety
+/// `context` and `comm` are live, `config` points to a struct of its `struct_size` whose `rule` is
+/// NUL-terminated, `out_linear` points to a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_new(
+    context: *mut forge_context,
+    comm: *mut forge_comm,
+    config: *const forge_linear_config,
+    out_linear: *mut *mut forge_linear,
+) -> forge_status {
+    boundary(|| {
+        check_pointer("out_linear", out_linear)?;
+        // SAFETY: as promised by the caller.
+        let (context, comm, config, scheme) = unsafe {
+            let config = read_struct("config", config)?;
+            let scheme = scheme(&config)?;
+            (handle("context", context)?, handle("comm", comm)?, config, scheme)
+        };
+        let (backend, comm) = (context.backend.clone(), comm.comm.clone());
+        let shape = Shape::new(
+            config.out_features,
+            config.in_features,
+            enums::parallel("parallel", config.parallel)?,
+            flag("sequence_parallel", config.sequence_parallel)?,
+            flag("reduce_dgrad", config.reduce_dgrad)?,
+            comm.rank(),
+            comm.size(),
+        )?;
+        let layout = Layout::new(&scheme, &shape.shard);
+        let linear = Linear { backend, comm, shape, scheme };
+        // SAFETY: checked above.
+        unsafe { *out_linear = Box::into_raw(Box::new(forge_linear { linear, layout })) };
+        Ok(())
+    })
+}
+
+/// Frees a linear; NULL is allowed. The parameter's arrays are the caller's.
+///
+/// # Safety
+/// `linear` is NULL or was made by forge_linear_new and not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_free(linear: *mut forge_linear) {
+    if !linear.is_null() {
+        boundary(|| {
+            // SAFETY: as promised by the caller.
+            drop(unsafe { Box::from_raw(linear) });
+            Ok(())
+        });
+    }
+}
+
+/// What to allocate for this rank's part of the parameter.
+///
+/// # Safety
+/// `linear` is live, `out` points to a struct of its `struct_size`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_layout(
+    linear: *const forge_linear,
+    out: *mut forge_layout,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        let forge_linear { linear, layout } = unsafe {
+            check_out_struct("out", out)?;
+            handle("linear", linear)?
+        };
+        let array = |a: &ArrayLayout| {
+            a.dtype.map_or_else(forge_array_layout::default, |dtype| forge_array_layout {
+                bytes: a.bytes() as u64,
+                rows: a.rows as u64,
+                cols: a.cols as u64,
+                dtype: dtype_code(dtype),
+                alignment: linear.backend.alignment(dtype.bytes()) as u32,
+            })
+        };
+        let shard = &linear.shape.shard;
+        let value = forge_layout {
+            struct_size: size_of::<forge_layout>() as u32,
+            n_states: linear.scheme.n_states as u32,
+            out_local: shard.rows as u64,
+            in_local: shard.cols as u64,
+            row_offset: shard.row_offset,
+            col_offset: shard.col_offset,
+            weight: array(&layout.weight),
+            weight_extra: array(&layout.extra),
+            states: layout.states.each_ref().map(array),
+            scales: layout.scales.each_ref().map(array),
+            accumulator: array(&layout.accumulator),
+        };
+        // SAFETY: checked above.
+        unsafe { *out = value };
+        Ok(())
+    })
+}
+
+/// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs.
+///
+/// # Safety
+/// `linear` is live, `out_bytes` points to a u64.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_workspace(
+    linear: *const forge_linear,
+    tokens: u64,
+    out_bytes: *mut u64,
+) -> forge_status {
+    boundary(|| {
+        check_pointer("out_bytes", out_bytes)?;
+        // SAFETY: as promised by the caller.
+        let linear = unsafe { &handle("linear", linear)?.linear };
+        linear.shape.check_tokens(tokens)?;
+        let bytes = linear.shape.workspace_bytes(tokens as usize, linear.scheme.factor_dtype);
+        // SAFETY: checked above.
+        unsafe { *out_bytes = bytes as u64 };
+        Ok(())
+    })
+}
+
+/// Chooses a schedule by predicted bytes, or checks the one asked for, and says why.
+///
+/// # Safety
+/// `linear` is live, `request` and `out` point to structs of their `struct_size`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_plan(
+    linear: *const forge_linear,
+    request: *const forge_plan_request,
+    out: *mut forge_plan,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        let (linear, request) = unsafe {
+            check_out_struct("out", out)?;
+            (&handle("linear", linear)?.linear, read_struct("request", request)?)
+        };
+        let plan = linear.plan(&PlanRequest {
+            schedule: enums::schedule("schedule", request.schedule)?,
+            tokens_per_micro_batch: request.tokens_per_micro_batch,
+            micro_batches: request.micro_batches,
+            needs_norm: flag("needs_norm", request.needs_norm)?,
+        })?;
+        let mut reason = [0 as c_char; 256];
+        for (to, from) in reason[..255].iter_mut().zip(plan.reason.bytes()) {
+            *to = from as c_char;
+        }
+        let value = forge_plan {
+            struct_size: size_of::<forge_plan>() as u32,
+            schedule: enums::schedule_code(plan.schedule),
+            factor_bytes: plan.factor_bytes,
+            accumulator_bytes: plan.accumulator_bytes,
+            gradient_bytes: plan.gradient_bytes,
+            reason,
+        };
+        // SAFETY: checked above.
+        unsafe { *out = value };
+        Ok(())
+    })
+}

@@ -1,0 +1,123 @@
+//! Rules by name, and the clip coefficient.
+
+use super::boundary::{boundary, check_out_struct, check_pointer};
+use super::types::forge_rule_info;
+use crate::error::{Result, bail, forge_status};
+use crate::rule::{self, ErasedRule, RULES};
+use std::ffi::{CStr, c_char};
+use std::ptr::null;
+
+/// How many rules this build has.
+#[unsafe(no_mangle)]
+pub extern "C" fn forge_rule_count() -> u32 {
+    RULES.len() as u32
+}
+
+/// The rule of this index, with all states that some flags need.
+///
+/// # Safety
+/// `out` points to a struct of its `struct_size`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_rule_get(index: u32, out: *mut forge_rule_info) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe { check_out_struct("out", out)? };
+        let Some(rule) = RULES.get(index as usize) else {
+            bail!(FORGE_ERROR_RULE, "index: {index}; this build has {} rules", RULES.len());
+        };
+        // SAFETY: checked above.
+        unsafe { *out = describe(*rule, rule.info().states.len()) };
+        Ok(())
+    })
+}
+
+/// The rule of this name, with the states that these flags need.
+///
+/// # Safety
+/// `name` is NUL-terminated, `out` points to a struct of its `struct_size`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_rule_find(
+    name: *const c_char,
+    rule_flags: u32,
+    out: *mut forge_rule_info,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            check_out_struct("out", out)?;
+            let rule = find(name)?;
+            rule::check_flags(rule, rule_flags)?;
+            *out = describe(rule, rule.states(rule_flags));
+        }
+        Ok(())
+    })
+}
+
+/// # Safety
+/// `name` is NULL or NUL-terminated.
+pub(super) unsafe fn find(name: *const c_char) -> Result<&'static dyn ErasedRule> {
+    check_pointer("rule", name)?;
+    // SAFETY: as promised by the caller.
+    rule::find(&unsafe { CStr::from_ptr(name) }.to_string_lossy())
+}
+
+fn describe(rule: &dyn ErasedRule, n_states: usize) -> forge_rule_info {
+    let info = rule.info();
+    let mut out = forge_rule_info {
+        struct_size: size_of::<forge_rule_info>() as u32,
+        n_states: n_states as u32,
+        n_hyper: info.hyper.len() as u32,
+        allowed_flags: info.flags,
+        name: info.name.as_ptr(),
+        state_names: [null(); 3],
+        hyper_names: [null(); 16],
+        hyper_defaults: [0.0; 16],
+    };
+    for (name, state) in out.state_names.iter_mut().zip(&info.states[..n_states]) {
+        *name = state.name.as_ptr();
+    }
+    for (i, hyper) in info.hyper.iter().enumerate() {
+        out.hyper_names[i] = hyper.name.as_ptr();
+        out.hyper_defaults[i] = hyper.default;
+    }
+    out
+}
+
+/// The gradient norm and what to multiply gradients by: `norm = grad_scale · √sum_of_squares`,
+/// `coefficient = grad_scale · min(1, max_norm / (norm + 1e-6))`, as torch's clip_grad_norm_ and
+/// Megatron-LM have it. `max_norm <= 0`: no clipping. A sum that is not finite gives that norm and a
+/// coefficient of 0: skip the step.
+///
+/// # Safety
+/// `out_norm` and `out_coefficient` point to doubles.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_clip_coefficient(
+    sum_of_squares: f64,
+    grad_scale: f64,
+    max_norm: f64,
+    out_norm: *mut f64,
+    out_coefficient: *mut f64,
+) -> forge_status {
+    boundary(|| {
+        check_pointer("out_norm", out_norm)?;
+        check_pointer("out_coefficient", out_coefficient)?;
+        if sum_of_squares < 0.0 {
+            bail!(FORGE_ERROR_SCALAR, "sum_of_squares: {sum_of_squares} is negative");
+        }
+        if !grad_scale.is_finite() {
+            bail!(FORGE_ERROR_SCALAR, "grad_scale: {grad_scale} is not finite");
+        }
+        if max_norm.is_nan() {
+            bail!(FORGE_ERROR_SCALAR, "max_norm: NaN; 0 turns clipping off");
+        }
+        let norm = grad_scale.abs() * sum_of_squares.sqrt();
+        let ratio = if max_norm > 0.0 { max_norm / (norm + 1e-6) } else { 1.0 };
+        let coefficient = if norm.is_finite() { grad_scale * ratio.min(1.0) } else { 0.0 };
+        // SAFETY: checked above.
+        unsafe {
+            *out_norm = norm;
+            *out_coefficient = coefficient;
+        }
+        Ok(())
+    })
+}

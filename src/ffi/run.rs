@@ -1,0 +1,420 @@
+//! The calls on a linear that move data: backward, update, accumulate, norm, dgrad, images.
+
+use super::boundary::{boundary, check_out_struct, check_pointer, handle, read_struct};
+use super::buffers::{Checker, read_parameter};
+use super::enums::{self, forge_backward_mode};
+use super::linear::forge_linear;
+use super::types::{
+    forge_backward, forge_buffer, forge_const_buffer, forge_norm, forge_parameter, forge_report,
+    forge_segment, forge_step, forge_step_scalars, forge_update,
+};
+use crate::backend::{Arrays, Image, NormMethod, Report};
+use crate::error::{Result, bail, forge_status};
+use crate::format::Dtype;
+use crate::linear::{Backward, Linear, Mode};
+use crate::rule::{MAX_STATES, StepScalars, check_scalars};
+use std::ffi::c_void;
+use std::ptr::null_mut;
+
+const _: () = assert!(size_of::<forge_step_scalars>() == size_of::<StepScalars>());
+
+/// # Safety
+/// `step` is NULL, misaligned, or points to a struct of its `struct_size`, and its `device_scalars`
+/// is NULL, misaligned or readable in the backend's memory.
+unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepScalars> {
+    // SAFETY: as promised by the caller.
+    let step = unsafe { read_struct("step", step)? };
+    let scalars = if step.device_scalars.is_null() {
+        step.scalars
+    } else {
+        check_pointer("step.device_scalars", step.device_scalars)?;
+        // SAFETY: as promised by the caller; both are repr-compatible (C ABI fields in order).
+        unsafe { *step.device_scalars }
+    };
+    let scalars = StepScalars {
+        step: scalars.step,
+        seed: scalars.seed,
+        grad_scale: scalars.grad_scale,
+        hyper: scalars.hyper,
+    };
+    check_scalars(linear.scheme.rule, &scalars)?;
+    Ok(scalars)
+}
+
+/// # Safety
+/// `report` is NULL, misaligned, or points to a struct of its `struct_size`.
+unsafe fn check_report(report: *mut forge_report) -> Result<()> {
+    if report.is_null() {
+        return Ok(());
+    }
+    // SAFETY: as promised by the caller.
+    unsafe { check_out_struct("report", report) }
+}
+
+/// # Safety
+/// `out` passed [`check_report`].
+unsafe fn write_report(out: *mut forge_report, report: Report) {
+    if !out.is_null() {
+        // SAFETY: checked by the caller.
+        unsafe {
+            *out = forge_report {
+                struct_size: size_of::<forge_report>() as u32,
+                reserved: 0,
+                tiles: report.tiles,
+                nonfinite_tiles: report.nonfinite_tiles,
+                sum_of_squares: report.sum_of_squares,
+            };
+        }
+    }
+}
+
+/// A whole backward: communication, dX, dbias, and what the mode says of dW. dX is computed with W as
+/// it was before the update. If a collective fails before the update, W is unchanged; a failure of
+/// the last wait is reported after it. `report` may be NULL.
+///
+/// # Safety
+/// `linear` is live, structs have their `struct_size`, buffers have the sizes that they say.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_backward(
+    linear: *mut forge_linear,
+    backward: *const forge_backward,
+    report: *mut forge_report,
+    stream: *mut c_void,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let forge_linear { linear, layout } = handle("linear", linear)?;
+            check_report(report)?;
+            let b = read_struct("backward", backward)?;
+            linear.backend.check_stream(stream)?;
+            linear.shape.check_tokens(b.tokens)?;
+            let (shape, dtype) = (&linear.shape, linear.scheme.factor_dtype);
+            let tokens = b.tokens as usize;
+            let mut check = Checker::new(&*linear.backend);
+
+            for (name, stride, gathered) in
+                [("dy_stride", b.dy_stride, false), ("x_stride", b.x_stride, true)]
+            {
+                if stride != 0 && shape.gathered_features().is_some_and(|(_, x)| x == gathered) {
+                    bail!(
+                        FORGE_ERROR_UNSUPPORTED,
+                        "{name}: {stride}; the factor that sequence parallelism gathers must be \
+                         contiguous (0)"
+                    );
+                }
+            }
+            let (dy_rows, x_rows) = (shape.dy_tokens(tokens), shape.x_tokens(tokens));
+            let (rows, cols) = (shape.shard.rows as u64, shape.shard.cols as u64);
+            let dy = check.factor("dy", &b.dy, dy_rows as u64, rows, b.dy_stride, dtype)?;
+            let x = check.factor("x", &b.x, x_rows as u64, cols, b.x_stride, dtype)?;
+            let dx = check.output("dx", &b.dx, x_rows as u64 * cols, dtype)?;
+            let dbias = check.output("dbias", &b.dbias, rows, dtype)?;
+
+            let needed = shape.workspace_bytes(tokens, dtype) as u64;
+            if b.workspace.bytes < needed {
+                bail!(
+                    FORGE_ERROR_BUFFER_SIZE,
+                    "workspace: {} bytes, {needed} needed for {tokens} tokens; \
+                     see forge_linear_workspace",
+                    b.workspace.bytes
+                );
+            }
+            if needed > 0 {
+                check.buffer("workspace", b.workspace.data.cast(), needed, dtype, true)?;
+            }
+
+            let buffer = &b.accumulator;
+            let mode = match enums::backward_mode("mode", b.mode)? {
+                forge_backward_mode::FORGE_BACKWARD_UPDATE => Mode::Update {
+                    scalars: read_step(linear, b.step)?,
+                    accumulator: check.accumulator(
+                        buffer.data.cast(),
+                        buffer.bytes,
+                        layout,
+                        false,
+                    )?,
+                },
+                forge_backward_mode::FORGE_BACKWARD_ACCUMULATE => {
+                    let accumulator =
+                        check.accumulator(buffer.data.cast(), buffer.bytes, layout, true)?;
+                    match accumulator {
+                        Some(accumulator) => Mode::Accumulate(accumulator),
+                        None => bail!(
+                            FORGE_ERROR_NULL,
+                            "accumulator: data is NULL; FORGE_BACKWARD_ACCUMULATE adds to it"
+                        ),
+                    }
+                }
+                forge_backward_mode::FORGE_BACKWARD_KEEP => Mode::Keep,
+            };
+            let arrays = if matches!(mode, Mode::Update { .. }) {
+                check.arrays(&read_parameter(b.parameter)?, layout, true)?
+            } else {
+                let mut arrays = Arrays {
+                    weight: null_mut(),
+                    extra: null_mut(),
+                    states: [null_mut(); MAX_STATES],
+                    scales: [null_mut(); MAX_STATES],
+                };
+                if dx.is_some() {
+                    let weight = read_parameter(b.parameter)?.weight;
+                    let data = weight.data.cast::<u8>();
+                    check.array("parameter.weight", data, weight.bytes, &layout.weight, false)?;
+                    arrays.weight = data;
+                }
+                arrays
+            };
+            check.finish()?;
+            let workspace = b.workspace.data.cast();
+            let work = Backward { tokens, dy, x, dx, dbias, workspace, arrays, mode };
+            write_report(report, linear.backward(&work)?);
+            Ok(())
+        }
+    })
+}
+
+/// `dx = dy · W`, without communication: dx [tokens, in_local] contiguous.
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_dgrad(
+    linear: *mut forge_linear,
+    tokens: u64,
+    dy: forge_const_buffer,
+    dy_stride: u64,
+    parameter: *const forge_parameter,
+    dx: forge_buffer,
+    stream: *mut c_void,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let forge_linear { linear, layout } = handle("linear", linear)?;
+            linear.backend.check_stream(stream)?;
+            linear.shape.check_unsplit_tokens(tokens)?;
+            let (shard, dtype) = (&linear.shape.shard, linear.scheme.factor_dtype);
+            let mut check = Checker::new(&*linear.backend);
+            let dy = check.factor("dy", &dy, tokens, shard.rows as u64, dy_stride, dtype)?;
+            let weight = read_parameter(parameter)?.weight;
+            let data = weight.data.cast::<u8>();
+            check.array("parameter.weight", data, weight.bytes, &layout.weight, false)?;
+            let Some(dx) = check.output("dx", &dx, tokens * shard.cols as u64, dtype)? else {
+                bail!(FORGE_ERROR_NULL, "dx: data is NULL");
+            };
+            check.finish()?;
+            linear.dgrad(tokens as usize, dy, data, dx);
+            Ok(())
+        }
+    })
+}
+
+/// The fused update over the tokens of all segments. `report` may be NULL.
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_update(
+    linear: *mut forge_linear,
+    update: *const forge_update,
+    report: *mut forge_report,
+    stream: *mut c_void,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let forge_linear { linear, layout } = handle("linear", linear)?;
+            check_report(report)?;
+            let u = read_struct("update", update)?;
+            linear.backend.check_stream(stream)?;
+            let mut check = Checker::new(&*linear.backend);
+            let factors = check.segments(linear, u.segments, u.n_segments)?;
+            let buffer = &u.accumulator;
+            let accumulator = check.accumulator(buffer.data.cast(), buffer.bytes, layout, false)?;
+            let arrays = check.arrays(&read_parameter(u.parameter)?, layout, true)?;
+            let scalars = read_step(linear, u.step)?;
+            check.finish()?;
+            write_report(report, linear.update(&factors, accumulator, &arrays, &scalars));
+            Ok(())
+        }
+    })
+}
+
+/// `accumulator += Σ dYᵀX` over all segments; fp32 [out_local, in_local].
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_accumulate(
+    linear: *mut forge_linear,
+    segments: *const forge_segment,
+    n_segments: u32,
+    accumulator: forge_buffer,
+    stream: *mut c_void,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let forge_linear { linear, layout } = handle("linear", linear)?;
+            linear.backend.check_stream(stream)?;
+            let mut check = Checker::new(&*linear.backend);
+            let factors = check.segments(linear, segments, n_segments)?;
+            let (data, bytes) = (accumulator.data.cast::<u8>(), accumulator.bytes);
+            let Some(accumulator) = check.accumulator(data, bytes, layout, true)? else {
+                bail!(FORGE_ERROR_NULL, "accumulator: data is NULL");
+            };
+            check.finish()?;
+            linear.accumulate(&factors, accumulator);
+            Ok(())
+        }
+    })
+}
+
+/// `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW.
+///
+/// # Safety
+/// As forge_linear_backward; `out` points to a struct of its `struct_size`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_norm(
+    linear: *mut forge_linear,
+    segments: *const forge_segment,
+    n_segments: u32,
+    accumulator: forge_const_buffer,
+    method: u32,
+    out: *mut forge_norm,
+    stream: *mut c_void,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let forge_linear { linear, layout } = handle("linear", linear)?;
+            check_out_struct("out", out)?;
+            linear.backend.check_stream(stream)?;
+            let method = enums::norm_method("method", method)?;
+            let mut check = Checker::new(&*linear.backend);
+            let factors = check.segments(linear, segments, n_segments)?;
+            let (data, bytes) = (accumulator.data.cast(), accumulator.bytes);
+            let accumulator = check.accumulator(data, bytes, layout, false)?;
+            check.finish()?;
+            let norm = linear.norm(&factors, accumulator, method);
+            let used = match norm.method {
+                NormMethod::Gram => enums::forge_norm_method::FORGE_NORM_GRAM,
+                _ => enums::forge_norm_method::FORGE_NORM_TILES,
+            };
+            *out = forge_norm {
+                struct_size: size_of::<forge_norm>() as u32,
+                method: used as u32,
+                sum_of_squares: norm.sum_of_squares,
+                nonfinite: u32::from(!norm.sum_of_squares.is_finite()),
+                reserved: 0,
+            };
+            Ok(())
+        }
+    })
+}
+
+/// Checks and runs an export (`out` written) or an import.
+///
+/// # Safety
+/// As forge_linear_backward.
+unsafe fn image(
+    linear: *const forge_linear,
+    parameter: *const forge_parameter,
+    image: impl FnOnce(&Linear) -> Result<Image>,
+    fp32: (*mut c_void, u64),
+    export: bool,
+) -> Result<()> {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let forge_linear { linear, layout } = handle("linear", linear)?;
+        let image = image(linear)?;
+        let mut check = Checker::new(&*linear.backend);
+        let arrays = check.arrays(&read_parameter(parameter)?, layout, !export)?;
+        let (data, bytes) = (fp32.0.cast::<u8>(), fp32.1);
+        let mut plain = layout.accumulator;
+        plain.dtype = Some(Dtype::F32);
+        check.array("fp32", data, bytes, &plain, export)?;
+        check.finish()?;
+        if export {
+            linear.export(&arrays, image, data.cast());
+        } else {
+            linear.import(&arrays, image, data.cast());
+        }
+        Ok(())
+    }
+}
+
+fn state_image(index: u32) -> impl FnOnce(&Linear) -> Result<Image> {
+    move |linear| {
+        let n = linear.scheme.n_states;
+        if index as usize >= n {
+            bail!(FORGE_ERROR_STATE_INDEX, "index: {index}; the rule has {n} states");
+        }
+        Ok(Image::State(index as usize))
+    }
+}
+
+/// Writes the master weight as fp32 [out_local, in_local].
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_export_weight(
+    linear: *const forge_linear,
+    parameter: *const forge_parameter,
+    fp32: forge_buffer,
+) -> forge_status {
+    // SAFETY: as promised by the caller.
+    boundary(|| unsafe {
+        image(linear, parameter, |_| Ok(Image::Weight), (fp32.data, fp32.bytes), true)
+    })
+}
+
+/// Reads the master weight from fp32 [out_local, in_local], rounding to nearest.
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_import_weight(
+    linear: *const forge_linear,
+    parameter: *const forge_parameter,
+    fp32: forge_const_buffer,
+) -> forge_status {
+    let fp32 = (fp32.data.cast_mut(), fp32.bytes);
+    // SAFETY: as promised by the caller; an import only reads it.
+    boundary(|| unsafe { image(linear, parameter, |_| Ok(Image::Weight), fp32, false) })
+}
+
+/// Writes state `index` as fp32 [out_local, in_local].
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_export_state(
+    linear: *const forge_linear,
+    parameter: *const forge_parameter,
+    index: u32,
+    fp32: forge_buffer,
+) -> forge_status {
+    // SAFETY: as promised by the caller.
+    boundary(|| unsafe {
+        image(linear, parameter, state_image(index), (fp32.data, fp32.bytes), true)
+    })
+}
+
+/// Reads state `index` from fp32 [out_local, in_local], rounding to nearest.
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_import_state(
+    linear: *const forge_linear,
+    parameter: *const forge_parameter,
+    index: u32,
+    fp32: forge_const_buffer,
+) -> forge_status {
+    let fp32 = (fp32.data.cast_mut(), fp32.bytes);
+    // SAFETY: as promised by the caller; an import only reads it.
+    boundary(|| unsafe { image(linear, parameter, state_image(index), fp32, false) })
+}

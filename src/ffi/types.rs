@@ -1,0 +1,382 @@
+//! The structs of the C ABI. Those that may grow start with `struct_size = sizeof(the struct)`.
+
+use super::boundary::Sized32;
+use std::ffi::{c_char, c_void};
+
+macro_rules! sized {
+    ($($name:ty),*) => { $(
+        // SAFETY: repr(C), Copy, and `struct_size: u32` is the first field.
+        unsafe impl Sized32 for $name {}
+    )* };
+}
+sized!(
+    forge_context_config,
+    forge_rule_info,
+    forge_host_collectives,
+    forge_linear_config,
+    forge_layout,
+    forge_parameter,
+    forge_step,
+    forge_report,
+    forge_backward,
+    forge_update,
+    forge_norm,
+    forge_plan_request,
+    forge_plan
+);
+
+/// Memory that FORGE may write: of the context's backend, allocated by the caller.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_buffer {
+    /// First byte, aligned to the element.
+    pub data: *mut c_void,
+    /// Exact size in bytes (workspaces: at least).
+    pub bytes: u64,
+}
+
+/// Memory that FORGE only reads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_const_buffer {
+    /// First byte, aligned to the element.
+    pub data: *const c_void,
+    /// Size in bytes, at least what shape and stride need.
+    pub bytes: u64,
+}
+
+/// What a context is made of.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_context_config {
+    /// sizeof(forge_context_config).
+    pub struct_size: u32,
+    /// A forge_backend.
+    pub backend: u32,
+    /// Index of the device; 0 for the CPU.
+    pub device: i32,
+    /// Threads of the CPU backend; 0: one for each core that the process may use.
+    pub threads: u32,
+}
+
+/// What a rule is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_rule_info {
+    /// sizeof(forge_rule_info).
+    pub struct_size: u32,
+    /// States with the flags asked for (forge_rule_get: with all).
+    pub n_states: u32,
+    /// Hyper-parameters.
+    pub n_hyper: u32,
+    /// Flags that the rule takes.
+    pub allowed_flags: u32,
+    /// Static.
+    pub name: *const c_char,
+    /// Static, n_states of them.
+    pub state_names: [*const c_char; 3],
+    /// Static, n_hyper of them.
+    pub hyper_names: [*const c_char; 16],
+    /// n_hyper of them.
+    pub hyper_defaults: [f64; 16],
+}
+
+/// The caller's own collectives. Counts are in elements of `dtype` (a forge_dtype); 0 says success.
+/// A callback may start the operation and return: `wait` returns when all that was started is done.
+/// Called from the thread that calls FORGE.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_host_collectives {
+    /// sizeof(forge_host_collectives).
+    pub struct_size: u32,
+    /// 0.
+    pub reserved: u32,
+    /// First argument of every callback.
+    pub user: *mut c_void,
+    /// recv = every rank's send, in order of rank.
+    pub all_gather: Option<
+        unsafe extern "C" fn(
+            user: *mut c_void,
+            send: *const c_void,
+            recv: *mut c_void,
+            send_count: u64,
+            dtype: u32,
+        ) -> i32,
+    >,
+    /// recv = this rank's part of the sum of every rank's send.
+    pub reduce_scatter: Option<
+        unsafe extern "C" fn(
+            user: *mut c_void,
+            send: *const c_void,
+            recv: *mut c_void,
+            recv_count: u64,
+            dtype: u32,
+        ) -> i32,
+    >,
+    /// buffer = the sum of every rank's.
+    pub all_reduce: Option<
+        unsafe extern "C" fn(user: *mut c_void, buffer: *mut c_void, count: u64, dtype: u32) -> i32,
+    >,
+    /// May be NULL where the others return only when they are done.
+    pub wait: Option<unsafe extern "C" fn(user: *mut c_void) -> i32>,
+}
+
+/// What a linear is made of: Y[tokens, out] = X[tokens, in] · W[out, in]ᵀ.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_linear_config {
+    /// sizeof(forge_linear_config).
+    pub struct_size: u32,
+    /// A forge_dtype: F32, BF16 or F16; of X, dY, dX and dbias.
+    pub factor_dtype: u32,
+    /// Of the whole W.
+    pub out_features: u64,
+    /// Of the whole W.
+    pub in_features: u64,
+    /// A forge_parallel: which dimension of W the communicator's ranks share out.
+    pub parallel: u32,
+    /// 1: tokens are shared out between the layers.
+    pub sequence_parallel: u32,
+    /// 1: column parallel without SP all-reduces dX.
+    pub reduce_dgrad: u32,
+    /// A forge_weight_format.
+    pub weight_format: u32,
+    /// A forge_rounding, of FORGE_WEIGHT_BF16.
+    pub weight_rounding: u32,
+    /// A forge_rounding, of bf16 and q8 states.
+    pub state_rounding: u32,
+    /// A forge_state_format for each state; those the rule lacks are ignored.
+    pub state_formats: [u32; 3],
+    /// FORGE_RULE_… bits.
+    pub rule_flags: u32,
+    /// Unique among the run's parameters, and the same on every rank: it picks the random numbers.
+    pub parameter_id: u32,
+    /// 0.
+    pub reserved: u32,
+    /// A rule's name, copied.
+    pub rule: *const c_char,
+}
+
+/// One array to allocate.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct forge_array_layout {
+    /// Exact size; 0: no such array.
+    pub bytes: u64,
+    /// Rows, contiguous.
+    pub rows: u64,
+    /// Columns.
+    pub cols: u64,
+    /// A forge_dtype.
+    pub dtype: u32,
+    /// Of the first byte.
+    pub alignment: u32,
+}
+
+/// All arrays of this rank's part of a parameter. States and scales must be zero before first use.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_layout {
+    /// sizeof(forge_layout).
+    pub struct_size: u32,
+    /// States that the rule has.
+    pub n_states: u32,
+    /// Rows of W here.
+    pub out_local: u64,
+    /// Columns of W here.
+    pub in_local: u64,
+    /// First row of W here.
+    pub row_offset: u64,
+    /// First column of W here.
+    pub col_offset: u64,
+    /// The model weight.
+    pub weight: forge_array_layout,
+    /// Master weight or lower halves.
+    pub weight_extra: forge_array_layout,
+    /// States.
+    pub states: [forge_array_layout; 3],
+    /// Scales of q8 states, [ceil(in_local / 128), out_local].
+    pub scales: [forge_array_layout; 3],
+    /// Buffer of the schedule `accumulate`.
+    pub accumulator: forge_array_layout,
+}
+
+/// The arrays of a parameter, of the sizes that forge_linear_layout gives; unused ones zeroed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_parameter {
+    /// sizeof(forge_parameter).
+    pub struct_size: u32,
+    /// 0.
+    pub reserved: u32,
+    /// The model weight.
+    pub weight: forge_buffer,
+    /// Master weight or lower halves.
+    pub weight_extra: forge_buffer,
+    /// States.
+    pub states: [forge_buffer; 3],
+    /// Scales of q8 states.
+    pub scales: [forge_buffer; 3],
+}
+
+/// The factors of one micro-batch, as the shard of W needs them (after gathering).
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_segment {
+    /// [tokens, out_local].
+    pub dy: forge_const_buffer,
+    /// [tokens, in_local].
+    pub x: forge_const_buffer,
+    /// Rows of both.
+    pub tokens: u64,
+    /// Elements from one row of dy to the next; 0: contiguous.
+    pub dy_stride: u64,
+    /// Elements from one row of x to the next; 0: contiguous.
+    pub x_stride: u64,
+}
+
+/// The scalars of a step.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_step_scalars {
+    /// Counted from 1.
+    pub step: u64,
+    /// Of stochastic rounding; the same on every rank.
+    pub seed: u64,
+    /// Multiplies the gradient: clip coefficient, inverse loss scale.
+    pub grad_scale: f64,
+    /// In the rule's order; index 0 the learning rate, 1 the weight decay.
+    pub hyper: [f64; 16],
+}
+
+/// The scalars of a step, by value or by pointer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_step {
+    /// sizeof(forge_step).
+    pub struct_size: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Used when device_scalars is NULL.
+    pub scalars: forge_step_scalars,
+    /// In the backend's memory, read when the work runs; NULL: use `scalars`.
+    pub device_scalars: *const forge_step_scalars,
+}
+
+/// What an update did.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_report {
+    /// sizeof(forge_report).
+    pub struct_size: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Tiles of the shard.
+    pub tiles: u64,
+    /// Tiles whose gradient was not finite: left as they were.
+    pub nonfinite_tiles: u64,
+    /// Σ dW² of this shard before grad_scale.
+    pub sum_of_squares: f64,
+}
+
+/// One backward. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
+/// has tokens/ranks rows. dx and dbias may have data NULL: not wanted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_backward {
+    /// sizeof(forge_backward).
+    pub struct_size: u32,
+    /// A forge_backward_mode.
+    pub mode: u32,
+    /// After gathering.
+    pub tokens: u64,
+    /// [tokens, out_local].
+    pub dy: forge_const_buffer,
+    /// [tokens, in_local].
+    pub x: forge_const_buffer,
+    /// Elements from one row of dy to the next; 0: contiguous. With SP on a row parallel linear: 0.
+    pub dy_stride: u64,
+    /// Elements from one row of x to the next; 0: contiguous. With SP on a column parallel linear: 0.
+    pub x_stride: u64,
+    /// [tokens, in_local], contiguous, factor_dtype.
+    pub dx: forge_buffer,
+    /// `[out_local]`, factor_dtype.
+    pub dbias: forge_buffer,
+    /// forge_linear_workspace bytes. With SP the gathered factor is left at its start.
+    pub workspace: forge_buffer,
+    /// fp32 [out_local, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
+    /// (data NULL: none).
+    pub accumulator: forge_buffer,
+    /// The parameter; KEEP and ACCUMULATE read `weight` alone, and only for dx.
+    pub parameter: *const forge_parameter,
+    /// Of UPDATE; else NULL.
+    pub step: *const forge_step,
+}
+
+/// One fused update over kept factors.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_update {
+    /// sizeof(forge_update).
+    pub struct_size: u32,
+    /// Of `segments`; 0 is allowed: decay and moments move as on a zero gradient.
+    pub n_segments: u32,
+    /// In the order in which they are summed.
+    pub segments: *const forge_segment,
+    /// fp32 [out_local, in_local], added to dW; data NULL: none.
+    pub accumulator: forge_const_buffer,
+    /// The parameter.
+    pub parameter: *const forge_parameter,
+    /// Scalars.
+    pub step: *const forge_step,
+}
+
+/// A norm without a gradient.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_norm {
+    /// sizeof(forge_norm).
+    pub struct_size: u32,
+    /// The forge_norm_method that gave it: GRAM or TILES.
+    pub method: u32,
+    /// Σ dW² of this shard, before any scale; not finite where dW is not.
+    pub sum_of_squares: f64,
+    /// 1 where dW is not finite.
+    pub nonfinite: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// What a step looks like, for forge_linear_plan.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_plan_request {
+    /// sizeof(forge_plan_request).
+    pub struct_size: u32,
+    /// A forge_schedule: AUTO, or the one asked for.
+    pub schedule: u32,
+    /// After gathering.
+    pub tokens_per_micro_batch: u64,
+    /// In a step.
+    pub micro_batches: u32,
+    /// 1: the update waits for all gradients (clipping, all-or-nothing check).
+    pub needs_norm: u32,
+}
+
+/// A schedule and its cost.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_plan {
+    /// sizeof(forge_plan).
+    pub struct_size: u32,
+    /// A forge_schedule, never AUTO.
+    pub schedule: u32,
+    /// Kept from backward to step.
+    pub factor_bytes: u64,
+    /// Of the accumulator.
+    pub accumulator_bytes: u64,
+    /// What a stock fp32 gradient takes.
+    pub gradient_bytes: u64,
+    /// One sentence, NUL-terminated.
+    pub reason: [c_char; 256],
+}

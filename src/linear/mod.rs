@@ -1,0 +1,212 @@
+//! One sharded linear layer, and the order of events of its backward.
+
+mod plan;
+mod shape;
+
+pub use plan::{Plan, PlanRequest, Schedule};
+pub use shape::{ArrayLayout, Layout, Parallel, Shape};
+
+use crate::backend::{
+    Accumulator, Arrays, Backend, Factors, Image, Matrix, Norm, NormMethod, Report, Scheme, Step,
+};
+use crate::comm::Comm;
+use crate::error::Result;
+use crate::rule::StepScalars;
+use std::sync::Arc;
+
+/// A linear: immutable after creation; the arrays are the caller's and come with each call.
+pub struct Linear {
+    /// Where it runs.
+    pub backend: Arc<dyn Backend>,
+    /// With whom it shares W.
+    pub comm: Arc<dyn Comm>,
+    /// Sizes, globally and here.
+    pub shape: Shape,
+    /// Formats and rule.
+    pub scheme: Scheme,
+}
+
+/// What a backward does with dW.
+#[derive(Clone, Copy)]
+pub enum Mode {
+    /// Consume it: the schedule `immediate`, or the last micro-batch of `accumulate`.
+    Update {
+        /// Scalars of the step.
+        scalars: StepScalars,
+        /// Earlier micro-batches' sum.
+        accumulator: Option<Accumulator>,
+    },
+    /// Add it to a buffer.
+    Accumulate(Accumulator),
+    /// Nothing: the caller keeps the factors for later.
+    Keep,
+}
+
+/// One backward.
+pub struct Backward {
+    /// After gathering.
+    pub tokens: usize,
+    /// As the layer's neighbours have it: row parallel with SP, this rank's tokens only.
+    pub dy: Matrix,
+    /// As the layer's neighbours have it: column parallel with SP, this rank's tokens only.
+    pub x: Matrix,
+    /// Where dX goes; None where nobody needs it.
+    pub dx: Option<*mut u8>,
+    /// Where dbias goes.
+    pub dbias: Option<*mut u8>,
+    /// Of [`Shape::workspace_bytes`].
+    pub workspace: *mut u8,
+    /// The parameter.
+    pub arrays: Arrays,
+    /// What happens to dW.
+    pub mode: Mode,
+}
+
+impl Linear {
+    /// The whole backward, in the one order there is:
+    ///
+    /// | | before the update | beside it |
+    /// |---|---|---|
+    /// | column | dX = dY·W | all-reduce dX |
+    /// | column + SP | all-gather X ‖ dX = dY·W | reduce-scatter dX |
+    /// | row | dX = dY·W | |
+    /// | row + SP | all-gather dY, dX = dY·W | |
+    ///
+    /// # Safety
+    /// All pointers are valid for the shapes, and those written overlap no other.
+    pub unsafe fn backward(&self, b: &Backward) -> Result<Report> {
+        let Self { backend, comm, shape, scheme } = self;
+        let (shard, dtype) = (&shape.shard, scheme.factor_dtype);
+        let local_tokens = shape.local_tokens(b.tokens);
+        let mut factors = Factors { dy: b.dy, x: b.x, tokens: b.tokens };
+        let mut reduced_dx = b.workspace;
+
+        // SAFETY: sizes were checked against `Shape::workspace_bytes` and the layouts; operations on
+        // one buffer are ordered by `wait`.
+        unsafe {
+            // 1. Start the gather; only a row-parallel dX needs it at once.
+            if let Some((features, gathers_x)) = shape.gathered_features() {
+                let source = if gathers_x { b.x } else { b.dy };
+                comm.all_gather(source.data, b.workspace, local_tokens * features, dtype)?;
+                let gathered = Matrix { data: b.workspace, stride: features };
+                if gathers_x {
+                    factors.x = gathered;
+                    reduced_dx = b.workspace.add(shape.gathered_bytes(b.tokens, dtype));
+                } else {
+                    factors.dy = gathered;
+                    comm.wait()?;
+                }
+            }
+            // 2. dX with W as it was, and its reduction; both before W changes, so that a failed
+            //    collective leaves the weights as they were.
+            if let Some(dx) = b.dx {
+                let partial = if shape.scatters_dx() { reduced_dx } else { dx };
+                backend.dgrad(scheme, shard, b.tokens, factors.dy, b.arrays.weight, partial);
+                comm.wait()?;
+                if shape.scatters_dx() {
+                    comm.reduce_scatter(partial, dx, local_tokens * shard.cols, dtype)?;
+                } else if shape.reduces_dx() {
+                    comm.all_reduce(dx, b.tokens * shard.cols, dtype)?;
+                }
+            } else {
+                comm.wait()?;
+            }
+            if let Some(dbias) = b.dbias {
+                backend.bias_grad(scheme, shard, b.tokens, factors.dy, dbias);
+            }
+            // 3. dW, beside the reduction of dX.
+            let report = match b.mode {
+                Mode::Update { scalars, accumulator } => {
+                    self.update(&[factors], accumulator, &b.arrays, &scalars)
+                }
+                Mode::Accumulate(buffer) => {
+                    backend.accumulate(scheme, shard, &[factors], buffer);
+                    Report::default()
+                }
+                Mode::Keep => Report::default(),
+            };
+            comm.wait()?;
+            Ok(report)
+        }
+    }
+
+    /// The fused update over the tokens of all segments.
+    ///
+    /// # Safety
+    /// As [`Linear::backward`].
+    pub unsafe fn update(
+        &self,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+        arrays: &Arrays,
+        scalars: &StepScalars,
+    ) -> Report {
+        let Self { backend, shape, scheme, .. } = self;
+        let step = Step::new(scheme, scalars);
+        // SAFETY: as promised by the caller.
+        let report =
+            unsafe { backend.update(scheme, &shape.shard, factors, accumulator, arrays, &step) };
+        if report.nonfinite_tiles > 0 {
+            tracing::warn!(
+                target: "forge",
+                "parameter {}: {} of {} tiles had a non-finite gradient at step {} and were left as they were",
+                scheme.parameter_id,
+                report.nonfinite_tiles,
+                report.tiles,
+                scalars.step
+            );
+        }
+        report
+    }
+
+    /// `accumulator += Σ dYᵀX`.
+    ///
+    /// # Safety
+    /// As [`Linear::backward`].
+    pub unsafe fn accumulate(&self, factors: &[Factors], accumulator: Accumulator) {
+        // SAFETY: as promised by the caller.
+        unsafe { self.backend.accumulate(&self.scheme, &self.shape.shard, factors, accumulator) }
+    }
+
+    /// `‖Σ dYᵀX (+ accumulator)‖²` of this shard.
+    ///
+    /// # Safety
+    /// As [`Linear::backward`].
+    pub unsafe fn norm(
+        &self,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+        method: NormMethod,
+    ) -> Norm {
+        let shard = &self.shape.shard;
+        // SAFETY: as promised by the caller.
+        unsafe { self.backend.norm(&self.scheme, shard, factors, accumulator, method) }
+    }
+
+    /// `dX = dY · W`, no communication.
+    ///
+    /// # Safety
+    /// As [`Linear::backward`].
+    pub unsafe fn dgrad(&self, tokens: usize, dy: Matrix, weight: *const u8, dx: *mut u8) {
+        // SAFETY: as promised by the caller.
+        unsafe { self.backend.dgrad(&self.scheme, &self.shape.shard, tokens, dy, weight, dx) }
+    }
+
+    /// An array as fp32.
+    ///
+    /// # Safety
+    /// As [`Linear::backward`].
+    pub unsafe fn export(&self, arrays: &Arrays, image: Image, out: *mut f32) {
+        // SAFETY: as promised by the caller.
+        unsafe { self.backend.export(&self.scheme, &self.shape.shard, arrays, image, out) }
+    }
+
+    /// An array from fp32.
+    ///
+    /// # Safety
+    /// As [`Linear::backward`].
+    pub unsafe fn import(&self, arrays: &Arrays, image: Image, values: *const f32) {
+        // SAFETY: as promised by the caller.
+        unsafe { self.backend.import(&self.scheme, &self.shape.shard, arrays, image, values) }
+    }
+}

@@ -1,0 +1,95 @@
+//! Which schedule a layer gets, from bytes.
+
+use super::Linear;
+use crate::error::{Result, bail};
+
+/// When the update happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Schedule {
+    /// The cheapest in memory that the request allows.
+    Auto,
+    /// Inside the backward.
+    Immediate,
+    /// At the step, from kept factors.
+    Deferred,
+    /// From an fp32 buffer: in the last micro-batch's backward, or at the step where a norm comes
+    /// first.
+    Accumulate,
+}
+
+/// What a step looks like.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanRequest {
+    /// `Auto`, or the one that the user asked for.
+    pub schedule: Schedule,
+    /// After gathering.
+    pub tokens_per_micro_batch: u64,
+    /// In a step.
+    pub micro_batches: u32,
+    /// Whether the update must wait for all gradients: clipping, an all-or-nothing check.
+    pub needs_norm: bool,
+}
+
+/// The decision and what it costs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Never `Auto`.
+    pub schedule: Schedule,
+    /// Kept from the backward to the step.
+    pub factor_bytes: u64,
+    /// Of the fp32 buffer.
+    pub accumulator_bytes: u64,
+    /// What a stock fp32 gradient takes.
+    pub gradient_bytes: u64,
+    /// One sentence.
+    pub reason: String,
+}
+
+impl Linear {
+    /// Chooses a schedule, or checks the one asked for.
+    pub fn plan(&self, request: &PlanRequest) -> Result<Plan> {
+        self.shape.check_tokens(request.tokens_per_micro_batch)?;
+        let (micro_batches, needs_norm) = (request.micro_batches, request.needs_norm);
+        if micro_batches == 0 {
+            bail!(FORGE_ERROR_SHAPE, "micro_batches: 0; a step has at least one");
+        }
+        let shard = &self.shape.shard;
+        let gradient_bytes = (shard.rows * shard.cols * 4) as u64;
+        let per_token = ((shard.rows + shard.cols) * self.scheme.factor_dtype.bytes()) as u64;
+        // u128: nothing bounds the number of micro-batches.
+        let all = u128::from(request.tokens_per_micro_batch)
+            * u128::from(per_token)
+            * u128::from(micro_batches);
+        let saturate = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
+        let immediate_is_possible = micro_batches == 1 && !needs_norm;
+        let buffered = u128::from(gradient_bytes);
+
+        let (schedule, reason) = match request.schedule {
+            Schedule::Immediate if !immediate_is_possible => bail!(
+                FORGE_ERROR_UNSUPPORTED,
+                "schedule: 'immediate' updates inside the backward and takes one micro-batch and no \
+                 clipping (asked: {micro_batches} micro-batches, clipping {}); \
+                 use 'deferred', 'accumulate' or 'auto'",
+                if needs_norm { "on" } else { "off" }
+            ),
+            Schedule::Auto if immediate_is_possible => {
+                (Schedule::Immediate, "one micro-batch, no clipping: nothing is kept".to_string())
+            }
+            Schedule::Auto if all <= buffered => (
+                Schedule::Deferred,
+                format!("factors of the step ({all} B) are no more than a buffer ({buffered} B)"),
+            ),
+            Schedule::Auto => (
+                Schedule::Accumulate,
+                format!("factors of the step ({all} B) would outgrow a buffer ({buffered} B)"),
+            ),
+            asked => (asked, "as asked".to_string()),
+        };
+        let (factor_bytes, accumulator_bytes) = match schedule {
+            Schedule::Deferred => (saturate(all), 0),
+            Schedule::Accumulate => (0, gradient_bytes),
+            _ => (0, 0),
+        };
+        Ok(Plan { schedule, factor_bytes, accumulator_bytes, gradient_bytes, reason })
+    }
+}

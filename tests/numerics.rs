@@ -1,0 +1,383 @@
+//! Against fp64: rules, stochastic rounding through an update, dgrad, bias, norms, non-finite tiles.
+
+mod common;
+
+use common::*;
+use forge::backend::{Backend, Image, Norm, NormMethod};
+use forge::format::{Dtype, bf16};
+use forge::linear::Parallel;
+use forge::rule;
+use forge::rule::StepScalars;
+
+/// One element of each rule, straight from its definition, in fp64.
+fn reference(
+    name: &str,
+    flags: u32,
+    s: &StepScalars,
+    g: f64,
+    w: &mut f64,
+    m: &mut f64,
+    v: &mut f64,
+) {
+    let h = &s.hyper;
+    let (lr, decay, t) = (h[0], h[1], s.step as i32);
+    let g = g * s.grad_scale * if flags & rule::MAXIMIZE != 0 { -1.0 } else { 1.0 };
+    match name {
+        "sgd" => {
+            let g = g + decay * *w;
+            if flags & rule::MOMENTUM == 0 {
+                *w -= lr * g;
+                return;
+            }
+            *m = if t == 1 { g } else { h[2] * *m + (1.0 - h[3]) * g };
+            *w -= lr * if flags & rule::NESTEROV != 0 { g + h[2] * *m } else { *m };
+        }
+        "lion" => {
+            let u = h[2] * *m + (1.0 - h[2]) * g;
+            *w -= lr * (decay * *w + if u == 0.0 { 0.0 } else { u.signum() });
+            *m = h[3] * *m + (1.0 - h[3]) * g;
+        }
+        _ => {
+            let g = if name == "adam" { g + decay * *w } else { g };
+            if name == "adamw" {
+                *w -= lr * decay * *w;
+            }
+            *m = h[2] * *m + (1.0 - h[2]) * g;
+            *v = h[3] * *v + (1.0 - h[3]) * g * g;
+            let m_hat = *m / (1.0 - h[2].powi(t));
+            let v_hat = *v / (1.0 - h[3].powi(t));
+            *w -= lr * m_hat / (v_hat.sqrt() + h[4]);
+        }
+    }
+}
+
+fn f64_gradient(segments: &[Segment]) -> Vec<f64> {
+    let (out, inn) = (segments[0].out, segments[0].inn);
+    let mut g = vec![0f64; out * inn];
+    for s in segments {
+        let decode = |bytes: &[u8]| -> Vec<f64> {
+            bytes
+                .chunks_exact(s.dtype.bytes())
+                .map(|b| match s.dtype {
+                    Dtype::F32 => f64::from(f32::from_ne_bytes(b.try_into().unwrap())),
+                    Dtype::Bf16 => {
+                        f64::from(half::bf16::from_bits(u16::from_ne_bytes([b[0], b[1]])))
+                    }
+                    _ => f64::from(half::f16::from_bits(u16::from_ne_bytes([b[0], b[1]]))),
+                })
+                .collect()
+        };
+        let (dy, x) = (decode(&s.dy), decode(&s.x));
+        for t in 0..s.tokens {
+            for o in 0..out {
+                for i in 0..inn {
+                    g[o * inn + i] += dy[t * out + o] * x[t * inn + i];
+                }
+            }
+        }
+    }
+    g
+}
+
+#[test]
+fn every_rule_follows_fp64_over_50_steps() {
+    let (out, inn) = (13, 29);
+    let cpu = cpu(1);
+    for (name, flags) in rules() {
+        let scheme = scheme(name, flags, WEIGHTS[0], STATES[0], Dtype::F32);
+        let mut r = Random(77);
+        let mut p = Parameter::random(&mut r, scheme, &cpu, out, inn);
+        let mut w: Vec<f64> = p.export(Image::Weight).iter().map(|v| f64::from(*v)).collect();
+        let (mut m, mut v) = (vec![0f64; w.len()], vec![0f64; w.len()]);
+        for step in 1..=50 {
+            let s = scalars(name, step);
+            let segments = [Segment::random(&mut r, 19, out, inn, Dtype::F32)];
+            p.update(&factors(&segments), None, &s);
+            let g = f64_gradient(&segments);
+            for k in 0..w.len() {
+                reference(name, flags, &s, g[k], &mut w[k], &mut m[k], &mut v[k]);
+            }
+        }
+        let got = p.export(Image::Weight);
+        let scale = w.iter().fold(1.0f64, |a, b| a.max(b.abs()));
+        let mut worst = 0f64;
+        for (a, b) in got.iter().zip(&w) {
+            worst = worst.max((f64::from(*a) - b).abs() / scale);
+        }
+        // 50 steps of a few roundings each: 50 · 4 · 2⁻²⁴ = 1.2e-5 at the very most. A sign of Lion
+        // may flip where its argument is within rounding of zero; none does with this seed.
+        assert!(worst < 1.2e-5, "{name} {flags:#x}: {worst:e}");
+        println!("{name} {flags:#x}: worst relative difference to fp64 {worst:.2e}");
+    }
+}
+
+#[test]
+fn stochastic_weights_are_neighbours_and_unbiased_over_100000_draws() {
+    // One update of 100,000 equal elements: SGD with one token, dY = 1, X = 1.
+    let (out, inn) = (100, 1000);
+    let cpu = cpu(2);
+    let scheme = scheme("sgd", 0, WEIGHTS[2], STATES[0], Dtype::F32);
+    for start in [1.0f32, -0.7421875, 3.0517578e-5, 1e-39] {
+        let mut p = Parameter::new(scheme, &cpu, out, inn, (Parallel::None, 0, 1));
+        p.import_weight(&vec![start; out * inn]);
+        let mut s = scalars("sgd", 1);
+        s.hyper[0] = f64::from(start) * 0.00123;
+        s.hyper[1] = 0.0;
+        s.hyper[0] = s.hyper[0].abs();
+        s.grad_scale = 1.0;
+        let segment = Segment {
+            dy: encode(Dtype::F32, &vec![1.0; out]),
+            x: encode(Dtype::F32, &vec![1.0; inn]),
+            tokens: 1,
+            out,
+            inn,
+            dtype: Dtype::F32,
+        };
+        p.update(&[segment.factors()], None, &s);
+        let stored_start = f32::from_bits(u32::from(bf16::nearest(start)) << 16);
+        let exact = stored_start + -(s.hyper[0] as f32) * 1.0;
+        let down = f32::from_bits(exact.to_bits() & 0xFFFF_0000);
+        let up = f32::from_bits((exact.to_bits() & 0xFFFF_0000).wrapping_add(0x1_0000));
+        let values = p.export(Image::Weight);
+        assert!(values.iter().all(|v| *v == down || *v == up), "{exact} {down} {up}");
+        let n = values.len() as f64;
+        let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / n;
+        let probability = (f64::from(exact) - f64::from(down)) / (f64::from(up) - f64::from(down));
+        let deviation = (probability * (1.0 - probability) / n).sqrt()
+            * (f64::from(up) - f64::from(down)).abs();
+        let error = (mean - f64::from(exact)).abs();
+        assert!(error <= 4.0 * deviation, "{start}: {error:e} > 4 x {deviation:e}");
+        assert!(probability > 0.01 && probability < 0.99, "the case must need rounding");
+    }
+}
+
+#[test]
+fn dgrad_and_bias_follow_fp64() {
+    let cpu = cpu(2);
+    for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 8e-3), (Dtype::F16, 1e-3)] {
+        for (tokens, out, inn) in [(1, 1, 1), (37, 300, 53), (523, 17, 600), (0, 4, 4)] {
+            let weight = if dtype == Dtype::F32 { WEIGHTS[0] } else { WEIGHTS[1] };
+            let scheme = scheme("sgd", 0, weight, STATES[0], dtype);
+            let mut r = Random(4);
+            let mut p = Parameter::random(&mut r, scheme, &cpu, out, inn);
+            let w = p.export(Image::Weight);
+            let dy_values = r.vector(tokens * out);
+            let dy = encode(dtype, &dy_values);
+            let mut dx = vec![0xAAu8; tokens * inn * dtype.bytes()];
+            let mut dbias = vec![0xAAu8; out * dtype.bytes()];
+            let arrays = p.arrays();
+            let m = forge::backend::Matrix { data: dy.as_ptr(), stride: out };
+            // SAFETY: sizes by construction.
+            unsafe {
+                p.linear.dgrad(tokens, m, arrays.weight, dx.as_mut_ptr());
+                let shard = &p.linear.shape.shard;
+                cpu.bias_grad(&scheme, shard, tokens, m, dbias.as_mut_ptr());
+            }
+            let decode = |b: &[u8]| match dtype {
+                Dtype::F32 => f64::from(f32::from_ne_bytes(b.try_into().unwrap())),
+                Dtype::Bf16 => f64::from(half::bf16::from_bits(u16::from_ne_bytes([b[0], b[1]]))),
+                _ => f64::from(half::f16::from_bits(u16::from_ne_bytes([b[0], b[1]]))),
+            };
+            let dy: Vec<f64> = dy.chunks_exact(dtype.bytes()).map(decode).collect();
+            for t in 0..tokens {
+                for i in 0..inn {
+                    let exact: f64 =
+                        (0..out).map(|o| dy[t * out + o] * f64::from(w[o * inn + i])).sum();
+                    let at = (t * inn + i) * dtype.bytes();
+                    let got = decode(&dx[at..at + dtype.bytes()]);
+                    assert!(
+                        (got - exact).abs() <= tolerance * (1.0 + exact.abs()),
+                        "{got} {exact}"
+                    );
+                }
+            }
+            for o in 0..out {
+                let exact: f64 = (0..tokens).map(|t| dy[t * out + o]).sum();
+                let got = decode(&dbias[o * dtype.bytes()..(o + 1) * dtype.bytes()]);
+                assert!((got - exact).abs() <= tolerance * (1.0 + exact.abs()), "{got} {exact}");
+            }
+        }
+    }
+}
+
+fn norm(p: &Parameter, segments: &[Segment], method: NormMethod) -> Norm {
+    // SAFETY: sizes by construction.
+    unsafe { p.linear.norm(&factors(segments), None, method) }
+}
+
+fn parameter(out: usize, inn: usize, dtype: Dtype) -> Parameter {
+    let scheme = scheme("adamw", 0, WEIGHTS[0], STATES[0], dtype);
+    Parameter::new(scheme, &cpu(2), out, inn, (Parallel::None, 0, 1))
+}
+
+#[test]
+fn both_norms_agree_with_fp64() {
+    for (out, inn, tokens) in [
+        (1, 1, vec![1]),
+        (40, 70, vec![20, 300, 1]),
+        (200, 130, vec![64, 64]),
+        (129, 31, vec![600]),
+    ] {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let mut r = Random(8);
+            let p = parameter(out, inn, dtype);
+            let segments: Vec<_> =
+                tokens.iter().map(|t| Segment::random(&mut r, *t, out, inn, dtype)).collect();
+            let exact: f64 = f64_gradient(&segments).iter().map(|g| g * g).sum();
+            for method in [NormMethod::Gram, NormMethod::Tiles, NormMethod::Auto] {
+                let n = norm(&p, &segments, method);
+                let error = (n.sum_of_squares.sqrt() / exact.sqrt() - 1.0).abs();
+                assert!(error < 1e-5, "{out}x{inn} {tokens:?} {method:?}: {error:e}");
+                if method == NormMethod::Tiles {
+                    assert_eq!(n.method, NormMethod::Tiles);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_chooser_takes_the_cheaper_norm() {
+    let mut r = Random(2);
+    let p = parameter(300, 300, Dtype::F32);
+    let few = [Segment::random(&mut r, 50, 300, 300, Dtype::F32)];
+    let many = [Segment::random(&mut r, 900, 300, 300, Dtype::F32)];
+    assert_eq!(norm(&p, &few, NormMethod::Auto).method, NormMethod::Gram);
+    assert_eq!(norm(&p, &many, NormMethod::Auto).method, NormMethod::Tiles);
+}
+
+#[test]
+fn under_cancellation_the_gram_norm_hands_over() {
+    // Token pairs whose outer products cancel but for a small remainder: the Gram sum is a
+    // difference of numbers 1e4 to 1e8 times as large.
+    for remainder in [1e-2f32, 1e-3, 1e-4] {
+        let (out, inn, pairs) = (120, 150, 40);
+        let mut r = Random(6);
+        let (mut dy, mut x) = (Vec::new(), Vec::new());
+        for _ in 0..pairs {
+            let (y, v) = (r.vector(out), r.vector(inn));
+            let noise = r.vector(out);
+            dy.extend(&y);
+            dy.extend(y.iter().zip(&noise).map(|(a, e)| -a + remainder * e));
+            x.extend(&v);
+            x.extend(&v);
+        }
+        let (dy, x) = (encode(Dtype::F32, &dy), encode(Dtype::F32, &x));
+        let segments = [Segment { dy, x, tokens: 2 * pairs, out, inn, dtype: Dtype::F32 }];
+        let p = parameter(out, inn, Dtype::F32);
+        assert!(forge::backend::cpu::gram_is_cheaper(&p.linear.shape.shard, 2 * pairs));
+        let exact: f64 = f64_gradient(&segments).iter().map(|g| g * g).sum();
+        for method in [NormMethod::Auto, NormMethod::Gram] {
+            let n = norm(&p, &segments, method);
+            assert_eq!(n.method, NormMethod::Tiles, "remainder {remainder}");
+            let error = (n.sum_of_squares / exact).sqrt() - 1.0;
+            assert!(error.abs() < 2e-4, "remainder {remainder}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn norms_say_when_something_is_not_finite() {
+    let (out, inn, tokens) = (50, 60, 20);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for method in [NormMethod::Gram, NormMethod::Tiles, NormMethod::Auto] {
+            let mut r = Random(1);
+            let mut values = r.vector(tokens * out);
+            values[777] = bad;
+            let dy = encode(Dtype::F32, &values);
+            let x = encode(Dtype::F32, &r.vector(tokens * inn));
+            let segments = [Segment { dy, x, tokens, out, inn, dtype: Dtype::F32 }];
+            let n = norm(&parameter(out, inn, Dtype::F32), &segments, method);
+            assert!(!n.sum_of_squares.is_finite(), "{bad} {method:?}");
+        }
+    }
+    // Finite factors whose product overflows.
+    let dy = encode(Dtype::F32, &vec![1e30; tokens * out]);
+    let x = encode(Dtype::F32, &vec![1e30; tokens * inn]);
+    let segments = [Segment { dy, x, tokens, out, inn, dtype: Dtype::F32 }];
+    for method in [NormMethod::Gram, NormMethod::Tiles] {
+        let n = norm(&parameter(out, inn, Dtype::F32), &segments, method);
+        assert!(!n.sum_of_squares.is_finite(), "{method:?}");
+    }
+    // Factors whose Gram matrices overflow though dW is small.
+    let dy = encode(Dtype::F32, &vec![1e25; tokens * out]);
+    let x = encode(Dtype::F32, &vec![1e-25; tokens * inn]);
+    let segments = [Segment { dy, x, tokens, out, inn, dtype: Dtype::F32 }];
+    let n = norm(&parameter(out, inn, Dtype::F32), &segments, NormMethod::Gram);
+    let exact = (tokens * tokens * out * inn) as f64;
+    assert!((n.sum_of_squares / exact - 1.0).abs() < 1e-5);
+}
+
+#[test]
+fn a_non_finite_tile_is_skipped_counted_and_nothing_else() {
+    // Two tiles of rows; one bad dY entry in the second.
+    let (out, inn, tokens) = (1024, 256, 8);
+    let cpu = cpu(2);
+    let scheme = scheme("adamw", 0, WEIGHTS[0], STATES[0], Dtype::F32);
+    let mut r = Random(12);
+    let mut p = Parameter::random(&mut r, scheme, &cpu, out, inn);
+    let start = p.export(Image::Weight);
+    let mut dy = r.vector(tokens * out);
+    dy[3 * out + 1000] = f32::NAN;
+    let x = encode(Dtype::F32, &r.vector(tokens * inn));
+    let dy = encode(Dtype::F32, &dy);
+    let segment = Segment { dy, x, tokens, out, inn, dtype: Dtype::F32 };
+    let arrays = p.arrays();
+    // SAFETY: sizes by construction.
+    let report =
+        unsafe { p.linear.update(&[segment.factors()], None, &arrays, &scalars("adamw", 1)) };
+    assert!(report.tiles > report.nonfinite_tiles && report.nonfinite_tiles == 1);
+    let end = p.export(Image::Weight);
+    assert!(end.iter().all(|w| w.is_finite()));
+    assert_eq!(end[1000 * inn..1001 * inn], start[1000 * inn..1001 * inn]);
+    assert_ne!(end[..inn], start[..inn]);
+    // A scale that overflows what was finite is the same.
+    let segment = Segment::random(&mut r, tokens, out, inn, Dtype::F32);
+    let mut s = scalars("adamw", 1);
+    s.grad_scale = 3e38;
+    // SAFETY: sizes by construction.
+    let report = unsafe { p.linear.update(&[segment.factors()], None, &arrays, &s) };
+    assert_eq!(report.nonfinite_tiles, report.tiles);
+    assert_eq!(p.export(Image::Weight), end);
+}
+
+#[test]
+fn zero_tokens_decay_as_a_zero_gradient() {
+    let cpu = cpu(1);
+    let scheme = scheme("adamw", 0, WEIGHTS[0], STATES[0], Dtype::F32);
+    let mut r = Random(1);
+    let mut p = Parameter::random(&mut r, scheme, &cpu, 5, 6);
+    let start = p.export(Image::Weight);
+    let s = scalars("adamw", 1);
+    p.update(&[], None, &s);
+    let shrink = (1.0 - s.hyper[0] * s.hyper[1]) as f32;
+    for (end, start) in p.export(Image::Weight).iter().zip(&start) {
+        assert_eq!(*end, start * shrink);
+    }
+}
+
+#[test]
+fn q8_training_stays_finite_on_adversarial_gradients() {
+    let (out, inn) = (8, 300);
+    let cpu = cpu(1);
+    for state in [STATES[3], STATES[4]] {
+        for (name, flags) in rules() {
+            let scheme = scheme(name, flags, WEIGHTS[0], state, Dtype::F32);
+            let mut r = Random(31);
+            let mut p = Parameter::random(&mut r, scheme, &cpu, out, inn);
+            let magnitudes = [0.0f32, 1e-45, 1e-38, 1e-20, 1.0, 1e18];
+            for step in 1..=40 {
+                let dy = encode(Dtype::F32, &vec![1.0; out]);
+                let x: Vec<f32> =
+                    (0..inn).map(|_| magnitudes[(r.bits() % 6) as usize] * r.uniform()).collect();
+                let x = encode(Dtype::F32, &x);
+                let segment = Segment { dy, x, tokens: 1, out, inn, dtype: Dtype::F32 };
+                p.update(&[segment.factors()], None, &scalars(name, step));
+            }
+            assert!(p.export(Image::Weight).iter().all(|w| w.is_finite()), "{name} {state:?}");
+            for k in 0..scheme.n_states {
+                assert!(p.export(Image::State(k)).iter().all(|s| s.is_finite()), "{name}");
+            }
+        }
+    }
+}
