@@ -465,6 +465,30 @@ typedef struct {
   double hyper_defaults[16];
 } forge_rule_info;
 
+// The scalars of a step.
+typedef struct {
+  // Counted from 1.
+  uint64_t step;
+  // Of stochastic rounding; the same on every rank.
+  uint64_t seed;
+  // Multiplies the gradient: clip coefficient, inverse loss scale.
+  double grad_scale;
+  // In the rule's order; index 0 the learning rate, 1 the weight decay.
+  double hyper[16];
+} forge_step_scalars;
+
+// The scalars of a step, by value or by pointer.
+typedef struct {
+  // sizeof(forge_step).
+  uint32_t struct_size;
+  // 0.
+  uint32_t reserved;
+  // Used when device_scalars is NULL.
+  forge_step_scalars scalars;
+  // In the backend's memory, read when the work runs; NULL: use `scalars`.
+  const forge_step_scalars *device_scalars;
+} forge_step;
+
 // Memory that FORGE only reads.
 typedef struct {
   // First byte, aligned to the element.
@@ -497,30 +521,6 @@ typedef struct {
   forge_buffer scales[3];
 } forge_parameter;
 
-// The scalars of a step.
-typedef struct {
-  // Counted from 1.
-  uint64_t step;
-  // Of stochastic rounding; the same on every rank.
-  uint64_t seed;
-  // Multiplies the gradient: clip coefficient, inverse loss scale.
-  double grad_scale;
-  // In the rule's order; index 0 the learning rate, 1 the weight decay.
-  double hyper[16];
-} forge_step_scalars;
-
-// The scalars of a step, by value or by pointer.
-typedef struct {
-  // sizeof(forge_step).
-  uint32_t struct_size;
-  // 0.
-  uint32_t reserved;
-  // Used when device_scalars is NULL.
-  forge_step_scalars scalars;
-  // In the backend's memory, read when the work runs; NULL: use `scalars`.
-  const forge_step_scalars *device_scalars;
-} forge_step;
-
 // One backward. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
 // has tokens/ranks rows. dx and dbias may have data NULL: not wanted.
 typedef struct {
@@ -534,9 +534,9 @@ typedef struct {
   forge_const_buffer dy;
   // [tokens, in_local].
   forge_const_buffer x;
-  // Elements from one row of dy to the next; 0: contiguous. With SP on a row parallel linear: 0.
+  // Elements from one row of dy to the next; 0: contiguous, as it must be under row parallel SP.
   uint64_t dy_stride;
-  // Elements from one row of x to the next; 0: contiguous. With SP on a column parallel linear: 0.
+  // Elements from one row of x to the next; 0: contiguous, as it must be under column parallel SP.
   uint64_t x_stride;
   // [tokens, in_local], contiguous, factor_dtype.
   forge_buffer dx;
@@ -734,6 +734,13 @@ forge_status forge_clip_coefficient(double sum_of_squares,
                                     double *out_norm,
                                     double *out_coefficient);
 
+// Checks the scalars of a step against the rule's ranges and does nothing else: before the first of
+// many updates, so that a bad scalar is found while no weight has moved.
+//
+// # Safety
+// `linear` is live, `step` points to a struct of its `struct_size`.
+forge_status forge_linear_check_step(const forge_linear *linear, const forge_step *step);
+
 // A whole backward: communication, dX, dbias, and what the mode says of dW. dX is computed with W as
 // it was before the update. If a collective fails before the update, W is unchanged; a failure of
 // the last wait is reported after it. `report` may be NULL.
@@ -776,7 +783,8 @@ forge_status forge_linear_accumulate(forge_linear *linear,
                                      forge_buffer accumulator,
                                      void *stream);
 
-// `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW.
+// `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW. The method asked for is a wish: with
+// an accumulator, or where Gram sums would cancel or overflow, tiles are taken; `out->method` tells.
 //
 // # Safety
 // As forge_linear_backward; `out` points to a struct of its `struct_size`.

@@ -8,8 +8,7 @@ use std::sync::OnceLock;
 
 /// What `libforge.a` needs of the system, as `rustc --print native-static-libs` says; the same list
 /// is in `forge.pc.in`.
-const SYSTEM_LIBRARIES: &[&str] =
-    &["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl", "-lc"];
+const SYSTEM_LIBRARIES: &[&str] = &["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl", "-lc"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

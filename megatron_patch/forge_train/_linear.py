@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,7 +138,7 @@ class Linear:
 
         Raises:
             ValueError: the group changed an option that is fixed when the layer is made, or a
-                number is not finite.
+                number is out of the rule's range.
         """
         options = {**self.spec.rule.options, **group}
         if rule_flags(options) != self.flags:
@@ -147,12 +146,10 @@ class Linear:
                 f"{self.name}: maximize, nesterov and whether momentum is 0 are fixed at fuse(); "
                 "remove() and fuse() again to change them"
             )
-        hyper = hyper_values(self.rule, options)
-        for name, value in zip(self.rule.hyper_names, hyper, strict=True):
-            # The library checks it, too, but only when the layers before have been updated.
-            if not math.isfinite(value):
-                raise ValueError(f"{self.name}: {name}={value} in its param group is not finite")
-        return Scalars(step, seed, grad_scale, hyper)
+        scalars = Scalars(step, seed, grad_scale, hyper_values(self.rule, options))
+        # Here, and not only with the update: by then the layers before have been updated.
+        check(lib.forge_linear_check_step(self.handle, step_struct(scalars)), self.name)
+        return scalars
 
     # -- the calls ----------------------------------------------------------------------------
 

@@ -42,9 +42,9 @@ unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
     };
     let n_states = rule.states(config.rule_flags);
     let mut state_formats = [StateFormat::F32; MAX_STATES];
-    for k in 0..n_states {
+    for (k, format) in state_formats[..n_states].iter_mut().enumerate() {
         let name = format!("state_formats[{k}]");
-        state_formats[k] = enums::state_format(&name, config.state_formats[k])?;
+        *format = enums::state_format(&name, config.state_formats[k])?;
     }
     Ok(Scheme {
         rule,

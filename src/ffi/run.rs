@@ -41,6 +41,20 @@ unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepScal
     Ok(scalars)
 }
 
+/// Checks the scalars of a step against the rule's ranges and does nothing else: before the first of
+/// many updates, so that a bad scalar is found while no weight has moved.
+///
+/// # Safety
+/// `linear` is live, `step` points to a struct of its `struct_size`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_check_step(
+    linear: *const forge_linear,
+    step: *const forge_step,
+) -> forge_status {
+    // SAFETY: as promised by the caller.
+    boundary(|| unsafe { read_step(&handle("linear", linear)?.linear, step).map(|_| ()) })
+}
+
 /// # Safety
 /// `report` is NULL, misaligned, or points to a struct of its `struct_size`.
 unsafe fn check_report(report: *mut forge_report) -> Result<()> {
@@ -93,19 +107,20 @@ pub unsafe extern "C" fn forge_linear_backward(
             let tokens = b.tokens as usize;
             let mut check = Checker::new(&*linear.backend);
 
-            for (name, stride, gathered) in
-                [("dy_stride", b.dy_stride, false), ("x_stride", b.x_stride, true)]
+            let (dy_rows, x_rows) = (shape.dy_tokens(tokens), shape.x_tokens(tokens));
+            let (rows, cols) = (shape.shard.rows as u64, shape.shard.cols as u64);
+            for (name, stride, width, is_x) in
+                [("dy_stride", b.dy_stride, rows, false), ("x_stride", b.x_stride, cols, true)]
             {
-                if stride != 0 && shape.gathered_features().is_some_and(|(_, x)| x == gathered) {
+                let gathered = shape.gathered_features().is_some_and(|(_, x)| x == is_x);
+                if gathered && stride != 0 && stride != width {
                     bail!(
                         FORGE_ERROR_UNSUPPORTED,
                         "{name}: {stride}; the factor that sequence parallelism gathers must be \
-                         contiguous (0)"
+                         contiguous (0 or {width})"
                     );
                 }
             }
-            let (dy_rows, x_rows) = (shape.dy_tokens(tokens), shape.x_tokens(tokens));
-            let (rows, cols) = (shape.shard.rows as u64, shape.shard.cols as u64);
             let dy = check.factor("dy", &b.dy, dy_rows as u64, rows, b.dy_stride, dtype)?;
             let x = check.factor("x", &b.x, x_rows as u64, cols, b.x_stride, dtype)?;
             let dx = check.output("dx", &b.dx, x_rows as u64 * cols, dtype)?;
@@ -271,7 +286,8 @@ pub unsafe extern "C" fn forge_linear_accumulate(
     })
 }
 
-/// `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW.
+/// `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW. The method asked for is a wish: with
+/// an accumulator, or where Gram sums would cancel or overflow, tiles are taken; `out->method` tells.
 ///
 /// # Safety
 /// As forge_linear_backward; `out` points to a struct of its `struct_size`.

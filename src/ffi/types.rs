@@ -294,9 +294,9 @@ pub struct forge_backward {
     pub dy: forge_const_buffer,
     /// [tokens, in_local].
     pub x: forge_const_buffer,
-    /// Elements from one row of dy to the next; 0: contiguous. With SP on a row parallel linear: 0.
+    /// Elements from one row of dy to the next; 0: contiguous, as it must be under row parallel SP.
     pub dy_stride: u64,
-    /// Elements from one row of x to the next; 0: contiguous. With SP on a column parallel linear: 0.
+    /// Elements from one row of x to the next; 0: contiguous, as it must be under column parallel SP.
     pub x_stride: u64,
     /// [tokens, in_local], contiguous, factor_dtype.
     pub dx: forge_buffer,

@@ -19,9 +19,11 @@ const UNSIGNED_LEVELS: f32 = 255.0;
 const TINY: f32 = 1e-30;
 const LIFT: f32 = 1.844_674_4e19; // 2^64
 
+/// The largest magnitude. An infinite one (a second moment that overflowed) counts as the largest
+/// finite, so that its block's other elements stay numbers: 0 · ∞ would be NaN.
 #[inline(always)]
 fn maximum(values: &[f32]) -> f32 {
-    values.iter().fold(0.0f32, |m, v| m.max(v.abs()))
+    values.iter().fold(0.0f32, |m, v| m.max(v.abs())).min(f32::MAX)
 }
 
 /// `position` on the code's scale to an integer: nearest, or by the draw.
@@ -41,7 +43,7 @@ pub fn encode_signed(values: &[f32], codes: &mut [u8], source: DrawSource) -> f3
     let lift = if scale < TINY { LIFT } else { 1.0 };
     let divisor = if scale > 0.0 { scale * lift } else { 1.0 };
     for ((code, value), draw) in codes.iter_mut().zip(values).zip(draws) {
-        let root = (value.abs() * lift / divisor).sqrt();
+        let root = (value.abs().min(f32::MAX) * lift / divisor).sqrt();
         let level = quantise(SIGNED_LEVELS * root, draw, stochastic).min(SIGNED_LEVELS);
         *code = (128.0 + level.copysign(*value)) as u8;
     }
@@ -66,7 +68,7 @@ pub fn encode_square(values: &[f32], codes: &mut [u8], source: DrawSource) -> f3
     let scale = maximum(values).sqrt();
     let divisor = if scale > 0.0 { scale } else { 1.0 };
     for ((code, value), draw) in codes.iter_mut().zip(values).zip(draws) {
-        let position = UNSIGNED_LEVELS * (value.sqrt() / divisor);
+        let position = UNSIGNED_LEVELS * (value.min(f32::MAX).sqrt() / divisor);
         let least = if *value > 0.0 { 1.0 } else { 0.0 };
         *code = quantise(position, draw, stochastic).clamp(least, UNSIGNED_LEVELS) as u8;
     }
@@ -144,6 +146,19 @@ mod tests {
             // 127 and 129 around zero both decode to tiny numbers; equal codes all the same.
             prop_assert_eq!(again, codes);
         }
+    }
+
+    #[test]
+    fn an_overflowed_element_leaves_numbers() {
+        let values = [f32::INFINITY, f32::MAX, 1.0, 0.0];
+        let (mut codes, mut out) = ([0u8; 4], [0f32; 4]);
+        let scale = encode_square(&values, &mut codes, DrawSource::nearest());
+        decode_square(&codes, scale, &mut out);
+        assert!(out.iter().all(|v| !v.is_nan()) && out[3] == 0.0, "{out:?}");
+        let values = [f32::NEG_INFINITY, f32::MAX, 1.0, 0.0];
+        let scale = encode_signed(&values, &mut codes, DrawSource::nearest());
+        decode_signed(&codes, scale, &mut out);
+        assert!(out.iter().all(|v| v.is_finite()) && out[0] < 0.0, "{out:?}");
     }
 
     #[test]

@@ -70,7 +70,7 @@ impl Shape {
         }
         let ranks = if parallel == Parallel::None { 1 } else { size };
         let cut = |name: &str, value: u64| {
-            if value % ranks as u64 != 0 {
+            if !value.is_multiple_of(ranks as u64) {
                 bail!(
                     FORGE_ERROR_SHARD,
                     "{name}: {value} does not divide by {ranks} ranks; pad it to a multiple"

@@ -199,12 +199,13 @@ def test_unsupported_dtypes_are_left_or_refused():
     assert not any(row.fused for row in fused.rows)
 
 
-def test_bad_hyperparameters_fail_before_any_update():
+@pytest.mark.parametrize("lr", [float("nan"), -1.0, 1e300])
+def test_bad_hyperparameters_fail_before_any_update(lr):
     model = mlp()
     fused = forge_train.fuse(model, AdamW(), schedule="deferred")
     before = copy.deepcopy(model)
     mlp_loss(model, mlp_batches(1)[0]).backward()
-    fused.optimizer.param_groups[0]["lr"] = float("nan")
+    fused.optimizer.param_groups[0]["lr"] = lr
     with pytest.raises(ValueError, match="lr"):
         fused.optimizer.step()
     assert_same_bits(model, before)

@@ -17,6 +17,7 @@ from forge_train.demo.config import (
     WEIGHT_FORMATS,
     ConfigError,
     RunConfig,
+    default_schedule,
 )
 
 _DESCRIPTION = """\
@@ -33,7 +34,7 @@ _EXAMPLES = """\
 examples:
   train with the defaults                     %(prog)s
   the same beside stock Megatron              %(prog)s --compare --name against-stock
-  no gradient norm needed: update at once     %(prog)s --clip-grad 0 --schedule immediate
+  no gradient norm needed: update at once     %(prog)s --clip-grad 0
   8-bit optimizer states, bf16 weights        %(prog)s --weight-format bf16+16 --state-format q8
   go on with a run that was interrupted       %(prog)s --resume
 """
@@ -88,8 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         "--schedule",
         choices=SCHEDULES,
         help="when weights are updated: immediate (inside the backward; needs --clip-grad 0 and "
-        "one micro-batch), deferred (at the step, from the kept factors), accumulate (into an "
-        f"fp32 buffer), or auto, which chooses per layer (default: {default.schedule})",
+        "one micro-batch), deferred (at the step, from the kept factors), accumulate (all "
+        "micro-batches but the last go into an fp32 gradient buffer), or auto, which chooses per "
+        "layer and takes accumulate for weights smaller than their factors (default: immediate "
+        "where it is possible, else deferred: no gradient buffer for any fused weight)",
     )
 
     training = parser.add_argument_group("training")
@@ -167,6 +170,8 @@ def _configure(given: dict[str, object], resume: bool) -> RunConfig:
     if not resume:
         if "lr" not in given:
             run.lr = DEFAULT_LR[run.rule]
+        if "schedule" not in given:
+            run.schedule = default_schedule(run.clip_grad, run.micro_batches)
         if "tp" not in given and _gpu_count():
             run.tp = 1
         return run

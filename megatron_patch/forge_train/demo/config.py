@@ -21,6 +21,14 @@ STOCK_RULES = ("sgd", "adam", "adamw")
 VOCABULARY = 256  # one token per byte
 
 
+def default_schedule(clip_grad: float, micro_batches: int) -> str:
+    """The schedule of a run that is not told one: none of the two it picks has a gradient buffer.
+
+    ``auto`` would, for weights that are smaller than their factors.
+    """
+    return "deferred" if clip_grad > 0.0 or micro_batches > 1 else "immediate"
+
+
 class ConfigError(ValueError):
     """A combination of settings that cannot run; the message names the flag and the way out."""
 
@@ -36,7 +44,7 @@ class RunConfig:
     rule: str = "adamw"
     weight_format: str = "fp32"
     state_format: str = "fp32"
-    schedule: str = "auto"
+    schedule: str = "deferred"  # see default_schedule
 
     steps: int = 300
     lr: float = DEFAULT_LR["adamw"]
@@ -145,13 +153,12 @@ class RunConfig:
         if self.clip_grad > 0.0:
             raise ConfigError(
                 f"--schedule immediate with --clip-grad {self.clip_grad:g}: the global norm is "
-                "known only after the whole backward; use --schedule deferred (or auto), or "
-                "--clip-grad 0"
+                "known only after the whole backward; use --schedule deferred, or --clip-grad 0"
             )
         if self.micro_batches > 1:
             raise ConfigError(
                 f"--schedule immediate with --micro-batches {self.micro_batches}: a weight may be "
-                "updated once per step only; use --schedule deferred or accumulate (or auto), or "
+                "updated once per step only; use --schedule deferred or accumulate, or "
                 "--micro-batches 1"
             )
 

@@ -105,7 +105,7 @@ impl Cpu {
         accumulator: Option<Accumulator>,
     ) -> f64 {
         let grid = Grid::new(shard.rows, shard.cols, self.threads);
-        let sums = self.for_each(grid.len(), |index, scratch| {
+        let sums = self.for_each(grid.tiles(), |index, scratch| {
             // SAFETY: as promised by the caller.
             unsafe {
                 let tile = grid.tile(index);
@@ -171,7 +171,7 @@ impl Backend for Cpu {
     ) -> Report {
         let grid = Grid::new(shard.rows, shard.cols, self.threads);
         let update = TileUpdate { scheme, shard, arrays, step };
-        let sums = self.for_each(grid.len(), |index, scratch| {
+        let sums = self.for_each(grid.tiles(), |index, scratch| {
             let tile = grid.tile(index);
             // SAFETY: as promised by the caller; tiles are disjoint.
             unsafe {
@@ -203,7 +203,7 @@ impl Backend for Cpu {
         accumulator: Accumulator,
     ) {
         let grid = Grid::new(shard.rows, shard.cols, self.threads);
-        self.for_each(grid.len(), |index, scratch| {
+        self.for_each(grid.tiles(), |index, scratch| {
             let tile = grid.tile(index);
             let old = Some(accumulator);
             // SAFETY: as promised by the caller; tiles are disjoint.
@@ -255,7 +255,7 @@ impl Backend for Cpu {
         let dtype = scheme.factor_dtype;
         let (weight, dx) = (Shared(weight.cast_mut()), Shared(dx));
         let grid = Grid::new(tokens, shard.cols, self.threads);
-        self.for_each(grid.len(), |index, scratch| {
+        self.for_each(grid.tiles(), |index, scratch| {
             let tile = grid.tile(index);
             let weight_dtype = scheme.weight_format.model_dtype();
             // SAFETY: as promised by the caller; tiles of dX are disjoint.

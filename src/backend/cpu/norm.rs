@@ -1,7 +1,7 @@
 //! `‖dW‖²` from Gram matrices: `‖dYᵀX‖² = Σ_ab (XXᵀ)_ab (dYdYᵀ)_ab`, block by block of tokens.
 
 use super::super::{Factors, Matrix, Shard};
-use super::gemm::{CHUNK, Operand, add_product, rows_as_f32};
+use super::gemm::{Operand, add_product, rows_as_f32, terms_per_call};
 use super::scratch::Scratch;
 use crate::format::Dtype;
 
@@ -79,8 +79,9 @@ pub unsafe fn pair(
     tile.resize(2 * area, 0.0);
     let (gram_x, gram_dy) = tile.split_at_mut(area);
     let mut gram = |left_m: Matrix, right_m: Matrix, width: usize, out: &mut [f32]| {
-        for first in (0..width).step_by(CHUNK) {
-            let depth = CHUNK.min(width - first);
+        let terms = terms_per_call(&[dtype], width);
+        for first in (0..width).step_by(terms) {
+            let depth = terms.min(width - first);
             // SAFETY: the blocks' rows and `width` columns are valid.
             unsafe {
                 let (p, p_stride) =

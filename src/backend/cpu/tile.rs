@@ -46,8 +46,8 @@ impl Grid {
                 tile_rows: part(rows, most_rows, 16),
                 tile_cols: part(cols, most_cols, BLOCK),
             };
-            let rounds = grid.len().div_ceil(threads.max(1));
-            let balanced = grid.len() * 100 >= rounds * threads * 80;
+            let rounds = grid.tiles().div_ceil(threads.max(1));
+            let balanced = grid.tiles() * 100 >= rounds * threads * 80;
             if balanced || (most_rows == MIN_TILE && most_cols == MIN_TILE) {
                 return grid;
             }
@@ -60,7 +60,7 @@ impl Grid {
     }
 
     /// Number of tiles.
-    pub fn len(&self) -> usize {
+    pub fn tiles(&self) -> usize {
         self.rows.div_ceil(self.tile_rows) * self.cols.div_ceil(self.tile_cols)
     }
 
@@ -88,7 +88,7 @@ mod tests {
         fn tiles_cover_every_element_once(rows in 1usize..1500, cols in 1usize..1500, threads in 1usize..40) {
             let grid = Grid::new(rows, cols, threads);
             let mut area = 0;
-            for i in 0..grid.len() {
+            for i in 0..grid.tiles() {
                 let t = grid.tile(i);
                 prop_assert!(t.rows > 0 && t.cols > 0 && t.rows <= MAX_TILE && t.cols <= MAX_TILE);
                 prop_assert!(t.row + t.rows <= rows && t.col + t.cols <= cols);

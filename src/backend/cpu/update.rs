@@ -74,7 +74,7 @@ fn apply_tile_body(update: TileUpdate, tile: Tile, g: &mut [f32], g_stride: usiz
             // SAFETY: the run lies within the tile; `apply_tile`'s caller vouches for the arrays.
             unsafe {
                 load_weight(scheme.weight_format, arrays.weight, arrays.extra, at, &mut w[..n]);
-                for k in 0..scheme.n_states {
+                for (k, values) in states[..scheme.n_states].iter_mut().enumerate() {
                     let kind = scheme.rule.info().states[k].kind;
                     load_state(
                         scheme.state_formats[k],
@@ -82,7 +82,7 @@ fn apply_tile_body(update: TileUpdate, tile: Tile, g: &mut [f32], g_stride: usiz
                         arrays.states[k],
                         at,
                         arrays.scales[k].wrapping_add(scale_at),
-                        &mut states[k][..n],
+                        &mut values[..n],
                     );
                 }
                 let [s0, s1, s2] = &mut states;
@@ -91,7 +91,7 @@ fn apply_tile_body(update: TileUpdate, tile: Tile, g: &mut [f32], g_stride: usiz
                 let draws =
                     DrawSource::new(scheme.weight_rounding, &step.noise, Stream::Weight, first);
                 store_weight(scheme.weight_format, arrays.weight, arrays.extra, at, &w[..n], draws);
-                for k in 0..scheme.n_states {
+                for (k, values) in states[..scheme.n_states].iter().enumerate() {
                     let kind = scheme.rule.info().states[k].kind;
                     let stream = Stream::State(k);
                     let draws = DrawSource::new(scheme.state_rounding, &step.noise, stream, first);
@@ -101,7 +101,7 @@ fn apply_tile_body(update: TileUpdate, tile: Tile, g: &mut [f32], g_stride: usiz
                         arrays.states[k],
                         at,
                         arrays.scales[k].wrapping_add(scale_at),
-                        &states[k][..n],
+                        &values[..n],
                         draws,
                     );
                 }
