@@ -144,19 +144,28 @@ class FusedWeight(Weight):
         """Take a micro-batch's factors.
 
         With ``accumulate``, the ones kept before go into the accumulator first, so that only the
-        last micro-batch is held as factors and joins the update's own pass.
+        last micro-batch is held as factors and joins the update's own pass. Factors that are larger
+        than the accumulator are not held at all.
         """
         if accumulate and self.segments:
-            self.check()
-            if self.accumulator is None:
-                layout = self.linear.layout
-                self.accumulator = torch.zeros(layout.out_local, layout.in_local)
-            elif not self.accumulated:
-                self.accumulator.zero_()
-            self.linear.accumulate(self.segments, self.accumulator)
-            self.accumulated = True
-            self.segments.clear()
+            self._fold()
         self.segments.append(segment)
+        layout = self.linear.layout
+        accumulator_bytes = layout.out_local * layout.in_local * torch.float32.itemsize
+        if accumulate and self.factor_bytes > accumulator_bytes:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Add all kept factors to the accumulator and let go of them."""
+        self.check()
+        if self.accumulator is None:
+            layout = self.linear.layout
+            self.accumulator = torch.zeros(layout.out_local, layout.in_local)
+        elif not self.accumulated:
+            self.accumulator.zero_()
+        self.linear.accumulate(self.segments, self.accumulator)
+        self.accumulated = True
+        self.segments.clear()
 
     def check(self) -> None:
         """Raise if somebody wrote into kept factors.

@@ -12,8 +12,8 @@ pub enum Schedule {
     Immediate,
     /// At the step, from kept factors.
     Deferred,
-    /// From an fp32 buffer: in the last micro-batch's backward, or at the step where a norm comes
-    /// first.
+    /// At the step, from an fp32 buffer and, where they are smaller than it, the last micro-batch's
+    /// factors.
     Accumulate,
 }
 
@@ -57,12 +57,13 @@ impl Linear {
         let gradient_bytes = (shard.rows * shard.cols * 4) as u64;
         let per_token = ((shard.rows + shard.cols) * self.scheme.factor_dtype.bytes()) as u64;
         // u128: nothing bounds the number of micro-batches.
-        let all = u128::from(request.tokens_per_micro_batch)
-            * u128::from(per_token)
-            * u128::from(micro_batches);
+        let one = u128::from(request.tokens_per_micro_batch) * u128::from(per_token);
+        let all = one * u128::from(micro_batches);
         let saturate = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
         let immediate_is_possible = micro_batches == 1 && !needs_norm;
-        let buffered = u128::from(gradient_bytes);
+        // The last micro-batch joins the update's own pass, unless its factors outgrow the buffer.
+        let last = if one <= u128::from(gradient_bytes) { one } else { 0 };
+        let buffered = u128::from(gradient_bytes) + last;
 
         let (schedule, reason) = match request.schedule {
             Schedule::Immediate if !immediate_is_possible => bail!(
@@ -87,7 +88,7 @@ impl Linear {
         };
         let (factor_bytes, accumulator_bytes) = match schedule {
             Schedule::Deferred => (saturate(all), 0),
-            Schedule::Accumulate => (0, gradient_bytes),
+            Schedule::Accumulate => (saturate(last), gradient_bytes),
             _ => (0, 0),
         };
         Ok(Plan { schedule, factor_bytes, accumulator_bytes, gradient_bytes, reason })

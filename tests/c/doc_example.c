@@ -21,7 +21,8 @@ static float uniform(void) { return (float)rand() / (float)RAND_MAX - 0.5f; }
 /* FORGE allocates no tensor: the sizes come from forge_linear_layout, the memory from here. */
 static forge_buffer allocate(const forge_array_layout *layout) {
     forge_buffer buffer = {NULL, layout->bytes};
-    if (layout->bytes != 0 && (buffer.data = calloc(1, layout->bytes)) == NULL) exit(1);
+    if (layout->bytes != 0 && (buffer.data = calloc(1, layout->bytes)) == NULL)
+        exit(1);
     return buffer;
 }
 
@@ -31,7 +32,8 @@ static double loss_and_gradient(const float *x, const float *w, const float *tar
     for (int t = 0; t < TOKENS; t++)
         for (int o = 0; o < OUT; o++) {
             float y = 0.0f;
-            for (int i = 0; i < IN; i++) y += x[t * IN + i] * w[o * IN + i];
+            for (int i = 0; i < IN; i++)
+                y += x[t * IN + i] * w[o * IN + i];
             float difference = y - target[t * OUT + o];
             loss += (double)difference * difference / (TOKENS * OUT);
             dy[t * OUT + o] = 2.0f * difference / (TOKENS * OUT);
@@ -40,7 +42,8 @@ static double loss_and_gradient(const float *x, const float *w, const float *tar
 }
 
 int main(void) {
-    if (forge_abi_version() != FORGE_ABI_VERSION) return 1;
+    if (forge_abi_version() != FORGE_ABI_VERSION)
+        return 1;
 
     /* 1. Once: a context (threads), a communicator (here: alone), a linear. */
     forge_context_config context_config = {sizeof context_config, FORGE_BACKEND_CPU, 0, 2};
@@ -78,20 +81,25 @@ int main(void) {
     forge_step step = {0};
     step.struct_size = sizeof step;
     step.scalars.seed = 1;
-    for (uint32_t i = 0; i < rule.n_hyper; i++) step.scalars.hyper[i] = rule.hyper_defaults[i];
+    for (uint32_t i = 0; i < rule.n_hyper; i++)
+        step.scalars.hyper[i] = rule.hyper_defaults[i];
     step.scalars.hyper[FORGE_HYPER_LR] = 0.03;
 
     static float x[TOKENS * IN], dy[TOKENS * OUT], dx[TOKENS * IN];
     static float truth[OUT * IN], target[TOKENS * OUT];
-    for (int i = 0; i < TOKENS * IN; i++) x[i] = uniform();
-    for (int i = 0; i < OUT * IN; i++) truth[i] = uniform();
+    for (int i = 0; i < TOKENS * IN; i++)
+        x[i] = uniform();
+    for (int i = 0; i < OUT * IN; i++)
+        truth[i] = uniform();
     loss_and_gradient(x, truth, target, dy); /* target is zero: dY is Y up to a factor */
-    for (int i = 0; i < TOKENS * OUT; i++) target[i] = dy[i] * (TOKENS * OUT) / 2.0f;
+    for (int i = 0; i < TOKENS * OUT; i++)
+        target[i] = dy[i] * (TOKENS * OUT) / 2.0f;
 
     double first = 0.0, last = 0.0;
     for (int s = 1; s <= STEPS; s++) {
         last = loss_and_gradient(x, parameter.weight.data, target, dy);
-        if (s == 1) first = last;
+        if (s == 1)
+            first = last;
 
         /* 4. The backward: dX now; dW later, from the factors (the schedule `deferred`). */
         forge_backward backward = {0};
@@ -111,7 +119,8 @@ int main(void) {
         forge_const_buffer none = {NULL, 0};
         check(forge_linear_norm(linear, &segment, 1, none, FORGE_NORM_AUTO, &norm, NULL),
               "forge_linear_norm");
-        if (norm.nonfinite) continue; /* skip the whole step; nothing has changed */
+        if (norm.nonfinite)
+            continue; /* skip the whole step; nothing has changed */
         double length = 0.0;
         check(forge_clip_coefficient(norm.sum_of_squares, 1.0, 0.1, &length,
                                      &step.scalars.grad_scale),
@@ -126,7 +135,8 @@ int main(void) {
         update.parameter = &parameter;
         update.step = &step;
         check(forge_linear_update(linear, &update, NULL, NULL), "forge_linear_update");
-        if (s % 20 == 0) printf("step %d: loss %.6f, gradient norm %.6f\n", s, last, length);
+        if (s % 20 == 0)
+            printf("step %d: loss %.6f, gradient norm %.6f\n", s, last, length);
     }
 
     /* 7. Any order: objects keep what they need of each other. */

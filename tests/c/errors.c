@@ -253,7 +253,9 @@ static void calls(void) {
     s = step();
     s.scalars.step = 0;
     EXPECT(FORGE_ERROR_SCALAR, "step", forge_linear_backward(linear, &b, report, NULL));
+    EXPECT(FORGE_ERROR_SCALAR, "step", forge_linear_check_step(linear, &s));
     s = step();
+    OK(forge_linear_check_step(linear, &s));
     p.weight_extra.data = memory.fp32;
     p.weight_extra.bytes = sizeof memory.fp32;
     EXPECT(FORGE_ERROR_UNSUPPORTED, "weight_extra", forge_linear_backward(linear, &b, report, NULL));
@@ -299,7 +301,7 @@ static void a_failing_collective(void) {
     OK(forge_linear_new(memory.context, memory.comm, &c, &linear));
     EXPECT(FORGE_ERROR_SHARD, "tokens", forge_linear_workspace(linear, 3, &memory.workspace_bytes));
     b = backward(&p, &s);
-    b.x_stride = IN;
+    b.x_stride = IN + 1;
     EXPECT(FORGE_ERROR_UNSUPPORTED, "x_stride",
            forge_linear_backward(linear, &b, &memory.report, NULL));
     b = backward(&p, &s);

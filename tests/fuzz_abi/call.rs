@@ -16,6 +16,7 @@ pub enum Op {
     Update,
     Accumulate,
     Norm,
+    CheckStep,
     ExportWeight,
     ImportWeight,
     ExportState,
@@ -31,6 +32,7 @@ pub const OPS: &[Op] = &[
     Op::Update,
     Op::Accumulate,
     Op::Norm,
+    Op::CheckStep,
     Op::ExportWeight,
     Op::ImportWeight,
     Op::ExportState,
@@ -148,6 +150,12 @@ pub struct Call {
 const REPORT: usize = 0;
 const OUT: usize = 1;
 
+/// Tokens: mostly few, now and then more than the CPU backend sums in one go.
+fn few_or_many(random: &mut Random, few: usize, many: usize) -> u64 {
+    let most = if random.percent(3) { many } else { few };
+    random.below(most) as u64
+}
+
 /// Writes element `i` of an array of `dtype`.
 pub fn store(dtype: u32, memory: &Guarded, i: usize, value: f32) {
     let bytes = match dtype {
@@ -173,8 +181,9 @@ pub fn load(dtype: u32, payload: &[u8], i: usize) -> f64 {
 }
 
 impl Call {
+    /// Whether it reads a step.
     pub fn updates(&self) -> bool {
-        self.op == Op::Update || (self.op == Op::Backward && self.mode == 0)
+        matches!(self.op, Op::Update | Op::CheckStep) || (self.op == Op::Backward && self.mode == 0)
     }
 
     pub fn has_segments(&self) -> bool {
@@ -187,10 +196,7 @@ impl Call {
     }
 
     pub fn uses_parameter(&self) -> bool {
-        self.updates()
-            || self.is_image()
-            || self.op == Op::Dgrad
-            || self.slot(Role::Weight).is_some()
+        self.slot(Role::Weight).is_some()
     }
 
     pub fn slot(&self, role: Role) -> Option<&Slot> {
@@ -208,8 +214,8 @@ impl Call {
             segments: Pointer::Good,
             slots: Vec::new(),
             memories: vec![
-                Guarded::holding(sized!(forge_report)),
-                Guarded::holding(sized!(forge_norm)),
+                Guarded::holding(sized::<forge_report>()),
+                Guarded::holding(sized::<forge_norm>()),
             ],
             mode: random.pick(&[0, 0, 1, 2]),
             method: random.pick(&[0, 1, 2]),
@@ -230,6 +236,7 @@ impl Call {
         }
         match op {
             Op::Backward => call.add_backward(world, random),
+            Op::CheckStep => {}
             Op::Dgrad => {
                 let tokens = random.below(12) as u64;
                 call.add_factors(world, 0, tokens, [tokens, tokens], random);
@@ -239,7 +246,7 @@ impl Call {
             }
             Op::Update | Op::Accumulate | Op::Norm => {
                 for k in 0..random.below(4) {
-                    let tokens = random.below(if random.percent(3) { 600 } else { 10 }) as u64;
+                    let tokens = few_or_many(random, 10, 600);
                     call.add_factors(world, k, tokens, [tokens, tokens], random);
                 }
                 if op == Op::Accumulate || random.percent(40) {
@@ -287,7 +294,7 @@ impl Call {
 
     fn add_backward(&mut self, world: &World, random: &mut Random) {
         let ranks = world.ranks() as u64;
-        let mut tokens = random.below(if random.percent(3) { 300 } else { 12 }) as u64;
+        let mut tokens = few_or_many(random, 12, 300);
         let share = |split: bool, tokens: u64| if split { tokens / ranks } else { tokens };
         if world.config.sequence_parallel == 1 {
             tokens = tokens / ranks * ranks;
@@ -345,8 +352,9 @@ impl Call {
         let mut strides = [0; 2];
         for f in 0..2 {
             let whole = self.op == Op::Backward && gathered[f];
-            if !whole && random.percent(50) {
-                strides[f] = columns[f] + random.below(4) as u64;
+            if random.percent(50) {
+                let padding = if whole { 0 } else { random.below(4) as u64 };
+                strides[f] = columns[f] + padding;
             }
             let stride = if strides[f] == 0 { columns[f] } else { strides[f] };
             let elements = if rows[f] == 0 { 0 } else { (rows[f] - 1) * stride + columns[f] };
@@ -486,7 +494,7 @@ impl Call {
 
     /// Makes the call.
     pub fn make(&self, world: &World) -> forge_status {
-        let mut parameter = sized!(forge_parameter);
+        let mut parameter = sized::<forge_parameter>();
         parameter.struct_size = self.parameter.size.unwrap_or(parameter.struct_size);
         parameter.weight = self.mutable(Role::Weight);
         parameter.weight_extra = self.mutable(Role::Extra);
@@ -495,7 +503,7 @@ impl Call {
             parameter.scales[k] = self.mutable(Role::Scale(k));
         }
         let scalars = self.scalars;
-        let mut step = sized!(forge_step);
+        let mut step = sized::<forge_step>();
         step.struct_size = self.step.size.unwrap_or(step.struct_size);
         if self.device_scalars {
             step.device_scalars = self.device_pointer.of(&scalars);
@@ -533,7 +541,7 @@ impl Call {
             match self.op {
                 Op::Backward => {
                     let b = self.batches[0];
-                    let mut backward = sized!(forge_backward);
+                    let mut backward = sized::<forge_backward>();
                     backward.struct_size = self.main.size.unwrap_or(backward.struct_size);
                     backward.mode = self.mode;
                     backward.tokens = b.tokens;
@@ -556,7 +564,7 @@ impl Call {
                     forge_linear_dgrad(linear, b.tokens, dy, b.dy_stride, parameter, dx, stream)
                 }
                 Op::Update => {
-                    let mut update = sized!(forge_update);
+                    let mut update = sized::<forge_update>();
                     update.struct_size = self.main.size.unwrap_or(update.struct_size);
                     update.n_segments = n_segments;
                     update.segments = segments;
@@ -582,6 +590,7 @@ impl Call {
                         stream,
                     )
                 }
+                Op::CheckStep => forge_linear_check_step(linear, step),
                 Op::ExportWeight => {
                     forge_linear_export_weight(linear, parameter, self.mutable(Role::Fp32))
                 }

@@ -7,6 +7,7 @@ use forge::error::forge_status::{self, *};
 use std::ffi::CStr;
 
 /// The status that a spoiled call must give, and what its message must contain.
+#[derive(Debug)]
 pub struct Expected {
     pub status: forge_status,
     pub naming: String,
@@ -51,7 +52,7 @@ fn bad_pointer(random: &mut Random) -> (Pointer, forge_status) {
 }
 
 fn spoil_stream(call: &mut Call, random: &mut Random) -> Option<Expected> {
-    if call.is_image() {
+    if call.is_image() || call.op == Op::CheckStep {
         return None;
     }
     call.stream = 1 + random.next() as usize / 2;
@@ -60,11 +61,12 @@ fn spoil_stream(call: &mut Call, random: &mut Random) -> Option<Expected> {
 
 fn spoil_struct(call: &mut Call, random: &mut Random) -> Option<Expected> {
     let (pointer, status) = bad_pointer(random);
+    let reads_step = call.updates();
     let mut args = Vec::new();
     if call.uses_parameter() {
         args.push(("parameter", &mut call.parameter));
     }
-    if call.op == Op::Update || (call.op == Op::Backward && call.mode == 0) {
+    if reads_step {
         args.push(("step", &mut call.step));
     }
     match call.op {
@@ -194,7 +196,7 @@ fn spoil_stride(call: &mut Call, world: &World, random: &mut Random) -> Option<E
     };
     let gathered = if of_x { world.gathers_x() } else { world.gathers_dy() };
     if call.op == Op::Backward && gathered {
-        *stride = columns;
+        *stride = columns + 1 + random.below(100) as u64;
         return expect(FORGE_ERROR_UNSUPPORTED, format!("{name}_stride"));
     }
     match random.below(3) {
@@ -239,6 +241,10 @@ fn overlap(call: &mut Call, random: &mut Random) -> Option<Expected> {
     if a == b || !there(from) || !there(into) || !(from.written || into.written) {
         return None;
     }
+    // Spoiled before, perhaps: then this would be misaligned first of all.
+    if !(into.ptr as usize).is_multiple_of(from.element) {
+        return None;
+    }
     // Somewhere inside, often at the very end: one common element is one too many.
     let places = (into.needed as usize).div_ceil(from.element);
     let place = if random.percent(30) { places - 1 } else { random.below(places) };
@@ -280,7 +286,8 @@ fn spoil_slot(call: &mut Call, random: &mut Random) -> Option<Expected> {
             slot.ptr = std::ptr::null_mut();
             expect(FORGE_ERROR_NULL, name)
         }
-        1 if slot.element > 1 => {
+        // Twice would be right again.
+        1 if slot.element > 1 && (slot.ptr as usize).is_multiple_of(slot.element) => {
             slot.ptr = slot.ptr.wrapping_add(1 + random.below(slot.element - 1));
             expect(FORGE_ERROR_MISALIGNED, name)
         }

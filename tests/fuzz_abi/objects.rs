@@ -1,6 +1,7 @@
 //! Random calls that make and describe objects, right and wrong.
 
 use super::Tally;
+use super::call::Pointer;
 use super::memory::{Guarded, Random};
 use super::mutate::Expected;
 use super::world::{Context, World, collectives, random_config, sized};
@@ -77,16 +78,16 @@ pub fn random_call(contexts: &[Context], world: &World, random: &mut Random, tal
 
 fn context(random: &mut Random, tally: &mut Tally, spoilt: bool) {
     let mut out = Out::new::<*mut forge_context>(null_mut());
-    let mut config = sized!(forge_context_config);
+    let mut config = sized::<forge_context_config>();
     config.threads = 1;
-    let mut pointer: *const forge_context_config = &raw const config;
+    let mut pointer = Pointer::Good;
     let expected = if !spoilt {
         None
     } else {
         match random.below(7) {
             0 => out.spoil(random, "out_context"),
             1 => {
-                pointer = null();
+                pointer = Pointer::Null;
                 wrong(FORGE_ERROR_NULL, "config")
             }
             2 => {
@@ -112,7 +113,9 @@ fn context(random: &mut Random, tally: &mut Tally, spoilt: bool) {
         }
     };
     // SAFETY: as in `Call::make`: right, or wrong in a way that must be noticed.
-    let status = call(tally, expected, &out, || unsafe { forge_context_new(pointer, out.ptr()) });
+    let status = call(tally, expected, &out, || unsafe {
+        forge_context_new(pointer.of(&config), out.ptr())
+    });
     if status == FORGE_OK {
         drop(Context(out.memory.read()));
     }
@@ -122,14 +125,14 @@ fn comm(context: &Context, random: &mut Random, tally: &mut Tally, spoilt: bool)
     let mut out = Out::new::<*mut forge_comm>(null_mut());
     let (mut rank, mut size) = (random.below(4) as u32, 4);
     let mut host = collectives(null_mut(), random.percent(50));
-    let mut pointer: *const forge_host_collectives = &raw const host;
+    let mut pointer = Pointer::Good;
     let mut owner = context.0;
     let mut expected = None;
     if spoilt {
         expected = match random.below(6) {
             0 => out.spoil(random, "out_comm"),
             1 => {
-                pointer = pointer.wrapping_byte_add(2);
+                pointer = Pointer::Misaligned;
                 wrong(FORGE_ERROR_MISALIGNED, "collectives")
             }
             2 => {
@@ -156,7 +159,7 @@ fn comm(context: &Context, random: &mut Random, tally: &mut Tally, spoilt: bool)
     }
     // SAFETY: as above.
     let status = call(tally, expected, &out, || unsafe {
-        forge_comm_new_host(owner, rank, size, pointer, out.ptr())
+        forge_comm_new_host(owner, rank, size, pointer.of(&host), out.ptr())
     });
     if status == FORGE_OK {
         // SAFETY: just made.
@@ -168,7 +171,7 @@ fn linear(context: &Context, world: &World, random: &mut Random, tally: &mut Tal
     let mut out = Out::new::<*mut forge_linear>(null_mut());
     let (mut c, name) = random_config(random, world.rank.size);
     c.rule = name.as_ptr();
-    let mut pointer: *const forge_linear_config = &raw const c;
+    let mut pointer = Pointer::Good;
     let (mut owner, mut comm) = (context.0, world.comm);
     let unknown = random.pick(&[9, 1000, u32::MAX]);
     let huge = random.pick(&[u64::MAX, 1 << 62, 1 << 63, (1 << 61) + 1]);
@@ -179,11 +182,11 @@ fn linear(context: &Context, world: &World, random: &mut Random, tally: &mut Tal
         match random.below(19) {
             0 => out.spoil(random, "out_linear"),
             1 => {
-                pointer = null();
+                pointer = Pointer::Null;
                 wrong(FORGE_ERROR_NULL, "config")
             }
             2 => {
-                pointer = pointer.wrapping_byte_add(4);
+                pointer = Pointer::Misaligned;
                 wrong(FORGE_ERROR_MISALIGNED, "config")
             }
             3 => {
@@ -267,7 +270,7 @@ fn linear(context: &Context, world: &World, random: &mut Random, tally: &mut Tal
     };
     // SAFETY: as above.
     let status = call(tally, expected, &out, || unsafe {
-        forge_linear_new(owner, comm, pointer, out.ptr())
+        forge_linear_new(owner, comm, pointer.of(&c), out.ptr())
     });
     if status == FORGE_OK {
         // SAFETY: just made.
@@ -284,7 +287,7 @@ fn random_name(random: &mut Random) -> CString {
 
 fn layout_and_workspace(world: &World, random: &mut Random, tally: &mut Tally, spoilt: bool) {
     if random.percent(50) {
-        let mut value = sized!(forge_layout);
+        let mut value = sized::<forge_layout>();
         let short = spoilt && random.percent(50);
         if short {
             value.struct_size = random.pick(&[0, value.struct_size - 32, u32::MAX]);
@@ -329,9 +332,9 @@ fn layout_and_workspace(world: &World, random: &mut Random, tally: &mut Tally, s
 }
 
 fn plan(world: &World, random: &mut Random, tally: &mut Tally, spoilt: bool) {
-    let mut value = sized!(forge_plan);
+    let mut value = sized::<forge_plan>();
     let ranks = world.ranks() as u64;
-    let mut request = sized!(forge_plan_request);
+    let mut request = sized::<forge_plan_request>();
     request.schedule = random.pick(&[0, 2, 3]);
     request.tokens_per_micro_batch = ranks * random.below(1 << 20) as u64;
     request.micro_batches = random.pick(&[1, 4, u32::MAX]);
@@ -383,7 +386,7 @@ fn plan(world: &World, random: &mut Random, tally: &mut Tally, spoilt: bool) {
 }
 
 fn rules(random: &mut Random, tally: &mut Tally, spoilt: bool) {
-    let mut value = sized!(forge_rule_info);
+    let mut value = sized::<forge_rule_info>();
     let name = random_name(random);
     let mut index = random.below(forge_rule_count() as usize) as u32;
     let by_name = random.percent(50);

@@ -13,16 +13,16 @@ use std::ptr::null_mut;
 
 pub const RULES: &[&CStr] = &[c"sgd", c"adam", c"adamw", c"lion"];
 
-/// A struct of the ABI, zeroed but for its size.
-macro_rules! sized {
-    ($name:ident) => {{
-        // SAFETY: a C struct of numbers and nullable pointers, for which zeros are valid.
-        let mut value: $name = unsafe { std::mem::zeroed() };
-        value.struct_size = size_of::<$name>() as u32;
+/// A struct of the ABI that starts with its size, the rest zeros.
+pub fn sized<T: Copy>() -> T {
+    // SAFETY: used for C structs of numbers and nullable pointers, for which zeros are valid, and
+    // whose first field is the u32 `struct_size`.
+    unsafe {
+        let mut value: T = std::mem::zeroed();
+        std::ptr::from_mut(&mut value).cast::<u32>().write(size_of::<T>() as u32);
         value
-    }};
+    }
 }
-pub(crate) use sized;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -96,10 +96,10 @@ unsafe extern "C" fn reduce_scatter(
     unsafe {
         let this = &*user.cast::<FakeRank>();
         let bytes = count as usize * element(dtype);
-        let all = std::slice::from_raw_parts(send.cast::<u8>(), bytes * this.size);
-        let part = &all[this.rank * bytes..(this.rank + 1) * bytes];
-        recv.cast::<u8>().copy_from(part.as_ptr(), bytes);
-        i32::from(this.fails(Failure::Collective)) * -1
+        // Raw copies: with no tokens at all, both pointers may be NULL.
+        let part = send.cast::<u8>().add(this.rank * bytes);
+        recv.cast::<u8>().copy_from(part, bytes);
+        -i32::from(this.fails(Failure::Collective))
     }
 }
 
@@ -142,7 +142,7 @@ pub struct Context(pub *mut forge_context);
 
 impl Context {
     pub fn new(threads: u32) -> Self {
-        let mut config = sized!(forge_context_config);
+        let mut config = sized::<forge_context_config>();
         config.threads = threads;
         let mut context = null_mut();
         // SAFETY: both pointers are to live values.
@@ -184,8 +184,8 @@ impl World {
         let (mut config, name) = random_config(random, size);
         config.rule = name.as_ptr();
         let mut linear = null_mut();
-        let mut layout = sized!(forge_layout);
-        let mut rule = sized!(forge_rule_info);
+        let mut layout = sized::<forge_layout>();
+        let mut rule = sized::<forge_rule_info>();
         // SAFETY: all pointers are to live values; the callbacks get the FakeRank, which is boxed and
         // dropped after the linear.
         unsafe {
@@ -240,7 +240,7 @@ impl Drop for World {
 /// A valid configuration for this many ranks, its rule's name apart.
 pub fn random_config(random: &mut Random, size: usize) -> (forge_linear_config, &'static CStr) {
     let name = random.pick(RULES);
-    let mut c = sized!(forge_linear_config);
+    let mut c = sized::<forge_linear_config>();
     c.rule_flags = random.pick(if name == c"sgd" { &[0, 1, 4, 5, 6, 7] } else { &[0, 1] });
     c.factor_dtype = random.pick(&[1, 1, 2, 3]);
     c.parallel = random.pick(&[0, 1, 2]);

@@ -67,6 +67,16 @@ def accumulators(optimizer: Any) -> Iterator[torch.Tensor]:
             yield layer.fused.accumulator
 
 
+def gradients(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Whatever holds a gradient of a fused weight, FORGE's or Megatron's; deferred: nothing."""
+    yield from accumulators(optimizer)
+    for layer in _layers(optimizer):
+        for name in ("grad", "main_grad"):
+            held = getattr(layer.weight, name, None)
+            if held is not None:
+                yield held
+
+
 def factor_bytes(optimizer: Any) -> int:
     """Bytes of the factors that wait for the update now."""
     return sum(layer.fused.factor_bytes for layer in _layers(optimizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import traceback
 from pathlib import Path
@@ -21,21 +22,37 @@ def launch(run: RunConfig, resume: bool) -> None:
     """Train ``run`` on ``run.tp`` processes. Raises :class:`RankError` when one of them dies.
 
     The others are ended then: a rank must not wait for ever in a collective for one that is gone.
-    They are ended as well when this process is killed (torch asks the kernel for that).
+    They are ended as well when this process is killed, see :func:`_rank_main`.
     """
     threads = max(1, _cpu_count() // run.tp)
     _set_environment(threads)
     with tempfile.TemporaryDirectory(prefix="forge-ranks-") as name:
         folder = Path(name)
+        ranks = multiprocessing.spawn(
+            _rank_main, args=(run, resume, str(folder), threads), nprocs=run.tp, join=False
+        )
         try:
-            multiprocessing.spawn(
-                _rank_main, args=(run, resume, str(folder), threads), nprocs=run.tp
-            )
+            while not ranks.join():
+                pass
         except (
             multiprocessing.ProcessRaisedException,
             multiprocessing.ProcessExitedException,
         ) as error:
-            raise RankError(_first_failure(folder) or str(error)) from None
+            exits = [process.exitcode for process in ranks.processes]
+            raise RankError(_killed(exits) or _first_failure(folder) or str(error)) from None
+
+
+def _killed(exits: list[int | None]) -> str | None:
+    """Which rank a signal ended, if one did: the others' tracebacks are then a consequence.
+
+    SIGTERM is how the remaining ranks are ended.
+    """
+    for rank, status in enumerate(exits):
+        if status is not None and status < 0 and -status != signal.SIGTERM:
+            name = signal.Signals(-status).name
+            hint = "; did the machine run out of memory?" if name == "SIGKILL" else ""
+            return f"rank {rank} was ended by {name}{hint}"
+    return None
 
 
 def _cpu_count() -> int:
@@ -67,6 +84,9 @@ def _first_failure(folder: Path) -> str | None:
 
 
 def _rank_main(rank: int, run: RunConfig, resume: bool, folder: str, threads: int) -> None:
+    # Linux: die with the parent, at once. torch's own choice is SIGINT, after which a rank could
+    # still publish a checkpoint while the next run, which resumes this one, has begun.
+    multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
     try:
         # Imported in the rank only: the parent never needs Megatron.
         from forge_train.demo.train import train_rank

@@ -22,13 +22,14 @@ from forge_train.demo.trainer import Trainer
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Bytes on one rank at the step's peak; they add up to that peak."""
+    """Bytes on one rank at the step's peak; but for `fused_gradients` they add up to that peak."""
 
     weights: int  # model weights and fp32 master copies
     gradients: int  # DDP's gradient buffers; FORGE's accumulators under `accumulate`
     factors: int  # what FORGE keeps from the backward until the update (deferred)
     states: int  # moments and the like
     activations: int  # the rest of the peak: activations and temporaries
+    fused_gradients: int  # of `gradients`: those of the weights that FORGE trains
 
     @property
     def total(self) -> int:
@@ -36,8 +37,10 @@ class Breakdown:
         return self.weights + self.gradients + self.factors + self.states + self.activations
 
     def as_dict(self) -> dict[str, int]:
-        """For JSON."""
-        return asdict(self)
+        """The parts that add up, for JSON."""
+        parts = asdict(self)
+        del parts["fused_gradients"]
+        return parts
 
 
 class _Storages:
@@ -94,6 +97,7 @@ def _standing(trainer: Trainer) -> dict[str, int]:
         weights += count.add(_tensors(getattr(member, "fp32_from_float16_groups", [])))
     weights += count.add(forge_hook.weight_extras(trainer.optimizer))
     gradients += count.add(forge_hook.accumulators(trainer.optimizer))
+    fused = _Storages().add(forge_hook.gradients(trainer.optimizer))
     states = sum(count.add(_tensors(member.optimizer.state)) for member in members)
     workspaces = sum(count.add(_tensors(member)) for member in members)
     return {
@@ -101,6 +105,7 @@ def _standing(trainer: Trainer) -> dict[str, int]:
         "gradients": gradients,
         "states": states,
         "activations": workspaces,
+        "fused_gradients": fused,
     }
 
 

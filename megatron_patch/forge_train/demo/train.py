@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 
 from forge_train.demo import checkpoint, checkpoint_files, memory
 from forge_train.demo.config import RunConfig
 from forge_train.demo.data import SampleStream, build_datasets, prepare
 from forge_train.demo.log import cut_log, read_log
+from forge_train.demo.progress import Progress
 from forge_train.demo.trainer import StepResult, Trainer, initialize_ranks
 from forge_train.megatron import cpu
 
@@ -94,16 +94,8 @@ def _announce(trainer: Trainer, start: Path | None) -> None:
 def _train(trainer: Trainer, stream: SampleStream, log: TextIO | None, checkpoints: Path) -> None:
     """Step until ``run.steps``; every rank saves, the one with a log reports."""
     run = trainer.run
-    bar = tqdm(
-        total=run.steps,
-        initial=trainer.steps_done,
-        desc="stock" if run.stock else "forge",
-        unit="step",
-        disable=log is None,
-        mininterval=0.5,
-        dynamic_ncols=True,
-    )
-    with bar:
+    label = "stock" if run.stock else "forge"
+    with Progress(label, trainer.steps_done, run.steps, enabled=log is not None) as progress:
         while trainer.steps_done < run.steps:
             lr = trainer.lr
             begin = time.perf_counter()
@@ -113,11 +105,7 @@ def _train(trainer: Trainer, stream: SampleStream, log: TextIO | None, checkpoin
                 record = _record(trainer, result, lr, seconds)
                 log.write(json.dumps(record) + "\n")
                 log.flush()
-                bar.update()
-                bar.set_postfix_str(
-                    f"loss {result.loss:.3f}, {record['tokens_per_second']:.0f} tok/s, "
-                    f"{record['memory_bytes'] / 2**20:.0f} MiB"
-                )
+                progress.advance(record)
             if run.save_interval and trainer.steps_done % run.save_interval == 0:
                 checkpoint.save(trainer, stream, checkpoints)
 
@@ -174,6 +162,7 @@ def _summarise(
         / statistics.median(record["seconds"] for record in records),
         "peak_memory_bytes": records[-1]["memory_bytes"],
         "memory": measured.as_dict(),
+        "fused_gradient_bytes": None if run.stock else measured.fused_gradients,
     }
     (run.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(

@@ -30,6 +30,29 @@ def _row(layer: FusedLinear) -> tuple[str, ...]:
     )
 
 
+_HEADER = ("weight", "shard", "parallel", "format", "states", "schedule", "why")
+
+
+def _table(rows: dict[tuple[str, ...], int]) -> list[str]:
+    """Rows with their counts; from the third column on, what all rows share is said once."""
+    common = {
+        column: values[0]
+        for column, values in enumerate(zip(*rows, strict=True))
+        if column > 1 and len(set(values)) == 1
+    }
+    kept = [column for column in range(len(_HEADER)) if column not in common]
+    lines = []
+    if common:
+        lines.append("All: " + ", ".join(f"{_HEADER[c]} {value}" for c, value in common.items()))
+    table = [["count", *(_HEADER[c] for c in kept)]]
+    table += [[str(count), *(row[c] for c in kept)] for row, count in rows.items()]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    for row in table if rows else []:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
 def summary(layers: Sequence[FusedLinear], left: Sequence[Left], rule: Rule) -> str:
     """Fused weights with shard, formats and schedule; then the rest, by reason.
 
@@ -51,12 +74,7 @@ def summary(layers: Sequence[FusedLinear], left: Sequence[Left], rule: Rule) -> 
     for layer in layers:
         row = _row(layer)
         rows[row] = rows.get(row, 0) + 1
-    header = ("weight", "shard", "parallel", "format", "states", "schedule", "count", "why")
-    table = [header, *((*row[:-1], str(count), row[-1]) for row, count in rows.items())]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header) - 1)]
-    for row in table if rows else []:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append("  " + "  ".join([*cells, row[-1]]))
+    lines += _table(rows)
     by_reason: dict[str, list[Left]] = {}
     for item in left:
         by_reason.setdefault(item.reason, []).append(item)
