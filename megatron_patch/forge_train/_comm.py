@@ -130,5 +130,12 @@ class HostComm(Comm):
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, []
+        failure: Exception | None = None
         for work, _tensors in pending:
-            work.wait()
+            # All of them, even after a failure: the buffers are in use until each has ended.
+            try:
+                work.wait()
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from .choose import AUTO_FORMAT, DTYPE_OF_FORMAT, Choice, choose
 from .engine import Engine
 from .linear_function import FusedTorchLinear
 from .optimizer import FusedOptimizer, param_groups_of
+from .parameter_ids import check_distinct, parameter_id
 from .rules import Rule
 from .weights import DenseWeight, FusedWeight, Weight
 
@@ -222,6 +222,7 @@ def fuse(
         parameter, fused = choice.parameter, choice.module is not None
         rows.append(Row(choice.name, tuple(parameter.shape), parameter.nbytes, fused, note))
 
+    check_distinct(choice.name for choice, _weight in made)
     engine.add(weight for _choice, weight in made)
     handled = [choice.parameter for choice, _weight in made]
     optimizer = FusedOptimizer(param_groups, rule, engine, handled, max_norm=max_norm)
@@ -259,8 +260,7 @@ def _spec(
         weight_format=weight_format,
         # What is not fused is small: full precision costs little there, and norms deserve it.
         state_formats=base.state_formats if fused else "fp32",
-        # A hash of the name: a weight's rounding noise stays when layers are added.
-        parameter_id=zlib.crc32(choice.name.encode()),
+        parameter_id=parameter_id(choice.name),
     )
 
 

@@ -248,6 +248,8 @@ fn overlap(call: &mut Call, random: &mut Random) -> Option<Expected> {
     // Somewhere inside, often at the very end: one common element is one too many.
     let places = (into.needed as usize).div_ceil(from.element);
     let place = if random.percent(30) { places - 1 } else { random.below(places) };
+    // A buffer at the end of the address space has no such place.
+    (into.ptr as usize).checked_add(place * from.element)?;
     let ptr = into.ptr.wrapping_add(place * from.element);
     let name = from.name.clone();
     call.slots[a].ptr = ptr;

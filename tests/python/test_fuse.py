@@ -11,7 +11,7 @@ import torch
 from conftest import Transformer, assert_same_bits, mlp, mlp_batches, mlp_loss
 
 import forge_train
-from forge_train import SGD, AdamW, Lion
+from forge_train import SGD, AdamW, Lion, parameter_ids
 
 
 class Mixed(torch.nn.Module):
@@ -251,3 +251,10 @@ def test_auto_says_what_it_chose(caplog):
         forge_train.fuse(model, AdamW(), schedule="auto", max_norm=1.0)
         mlp_loss(model, mlp_batches(1)[0]).backward()
     assert any("0.weight: schedule" in message for message in caplog.messages)
+
+
+def test_weights_that_would_draw_the_same_noise_are_refused():
+    # "plumless" and "buckeroo" are the textbook pair of words with one CRC-32.
+    parameter_ids.check_distinct(["plumless", "plumless"])
+    with pytest.raises(ValueError, match="buckeroo and plumless have the same parameter id"):
+        parameter_ids.check_distinct(["plumless", "buckeroo"])

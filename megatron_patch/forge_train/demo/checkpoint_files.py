@@ -26,6 +26,11 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a complete checkpoint was written after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def begin(folder: Path, step: int) -> None:
     """Create the hidden folder (:func:`scratch`) to write a step's checkpoint into."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from forge_train.demo import checkpoint_files
 from forge_train.demo.config import (
     DEFAULT_LR,
+    MAX_WARMUP_STEPS,
     RULES,
     SCHEDULES,
     STATE_FORMATS,
@@ -18,6 +19,7 @@ from forge_train.demo.config import (
     ConfigError,
     RunConfig,
     default_schedule,
+    default_warmup,
 )
 
 _DESCRIPTION = """\
@@ -100,8 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--lr",
         type=float,
-        help="peak learning rate; a short warm-up leads to it, a cosine down to a tenth of it "
+        help="peak learning rate; a linear warm-up leads to it, a cosine down to a tenth of it "
         f"(default by rule: {', '.join(f'{rule} {lr:g}' for rule, lr in DEFAULT_LR.items())})",
+    )
+    training.add_argument(
+        "--warmup-steps",
+        type=int,
+        metavar="N",
+        help=f"steps until the peak learning rate (default: {MAX_WARMUP_STEPS}, but at most a "
+        "tenth of --steps)",
     )
     training.add_argument(
         "--weight-decay", type=float, help=f"weight decay (default: {default.weight_decay:g})"
@@ -172,6 +181,8 @@ def _configure(given: dict[str, object], resume: bool) -> RunConfig:
             run.lr = DEFAULT_LR[run.rule]
         if "schedule" not in given:
             run.schedule = default_schedule(run.clip_grad, run.micro_batches)
+        if "warmup_steps" not in given:
+            run.warmup_steps = default_warmup(run.steps)
         if "tp" not in given and _gpu_count():
             run.tp = 1
         return run
@@ -190,7 +201,14 @@ def _configure(given: dict[str, object], resume: bool) -> RunConfig:
                 f"{flag} {value}: the run {run.directory} was started with {was}, and a resumed "
                 f"run keeps it; leave {flag} out, or choose another --name"
             )
-    return dataclasses.replace(old, **given)
+    run = dataclasses.replace(old, **given)
+    reached = checkpoint_files.latest(run.directory / "checkpoints")
+    if reached is not None and checkpoint_files.step_of(reached) > run.steps:
+        raise ConfigError(
+            f"--steps {run.steps}: {reached} is further than that; give --steps "
+            f"{checkpoint_files.step_of(reached)} or more, or start anew without --resume"
+        )
+    return run
 
 
 def _gpu_count() -> int:

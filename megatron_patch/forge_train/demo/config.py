@@ -21,6 +21,15 @@ STOCK_RULES = ("sgd", "adam", "adamw")
 VOCABULARY = 256  # one token per byte
 
 
+#: Steps of linear warm-up, at most; short runs warm up for a tenth of their steps.
+MAX_WARMUP_STEPS = 20
+
+
+def default_warmup(steps: int) -> int:
+    """Steps of warm-up of a run that is not told how many."""
+    return min(MAX_WARMUP_STEPS, steps // 10)
+
+
 def default_schedule(clip_grad: float, micro_batches: int) -> str:
     """The schedule of a run that is not told one: none of the two it picks has a gradient buffer.
 
@@ -48,6 +57,7 @@ class RunConfig:
 
     steps: int = 300
     lr: float = DEFAULT_LR["adamw"]
+    warmup_steps: int = MAX_WARMUP_STEPS  # see default_warmup
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     micro_batches: int = 1
@@ -100,10 +110,15 @@ class RunConfig:
             ("--ffn", self.ffn, 1),
             ("--sequence", self.sequence, 2),
             ("--save-interval", self.save_interval, 0),
+            ("--warmup-steps", self.warmup_steps, 0),
             ("--seed", self.seed, 0),
         ):
             if value < least:
                 raise ConfigError(f"{flag} {value}: must be at least {least}")
+        if self.warmup_steps >= self.steps:
+            raise ConfigError(
+                f"--warmup-steps {self.warmup_steps}: must be less than --steps {self.steps}"
+            )
         for flag, number in (
             ("--lr", self.lr),
             ("--clip-grad", self.clip_grad),

@@ -33,9 +33,6 @@ from forge_train.demo.model import build_model
 #: The learning rate falls along a cosine to this fraction of its peak.
 FINAL_LR_FRACTION = 0.1
 
-#: Steps of linear warm-up, at most; short runs warm up for a tenth of their steps.
-MAX_WARMUP_STEPS = 20
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -110,14 +107,13 @@ class Trainer:
 
     def _scheduler(self) -> OptimizerParamScheduler:
         run = self.run
-        warmup = min(MAX_WARMUP_STEPS, run.steps // 10)
         return OptimizerParamScheduler(
             self.optimizer,
             # Not 0, which would make the first step do nothing.
-            init_lr=run.lr / (warmup + 1),
+            init_lr=run.lr / (run.warmup_steps + 1),
             max_lr=run.lr,
             min_lr=run.lr * FINAL_LR_FRACTION,
-            lr_warmup_steps=warmup,
+            lr_warmup_steps=run.warmup_steps,
             lr_decay_steps=run.steps,
             lr_decay_style="cosine",
             start_wd=run.weight_decay,

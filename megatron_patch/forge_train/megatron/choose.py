@@ -8,7 +8,6 @@ changed, when leaving single layers would not help).
 from __future__ import annotations
 
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
+from ..parameter_ids import check_distinct, parameter_id
 from .patch import is_patched, linear_classes
 
 _LAYER = re.compile(r"(?P<stack>.*\blayers)\.\d+$")
@@ -45,11 +45,6 @@ class Left:
     name: str
     reason: str
     elements: int
-
-
-def parameter_id(name: str) -> int:
-    """Philox's parameter id: CRC-32 of the global name, so independent of TP, PP and order."""
-    return zlib.crc32(name.encode())
 
 
 def refuse(config: Any) -> None:
@@ -198,12 +193,5 @@ def choose(chunks: list[torch.nn.Module], config: Any) -> tuple[list[Chosen], li
                 chosen.append(Chosen(full, module, row, parameter_id(full)))
             else:
                 left.append(Left(full, reason, parameter.numel()))
-    by_id: dict[int, str] = {}
-    for item in chosen:
-        other = by_id.setdefault(item.parameter_id, item.name)
-        if other != item.name:
-            raise ValueError(
-                f"{item.name} and {other} have the same parameter id (CRC-32 of the name), so they "
-                "would draw the same rounding noise; rename one of the modules."
-            )
+    check_distinct(item.name for item in chosen)
     return chosen, left
