@@ -67,6 +67,9 @@ def _set_environment(threads: int) -> None:
     # Both torch and the Rust thread pool read theirs when they start.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["RAYON_NUM_THREADS"] = str(threads)
+    # Idle OpenMP threads sleep instead of spinning: they would take the cores from FORGE's own
+    # threads, from the other ranks and from everything else on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Megatron warns of each optional package that is missing; none of them is used here. By the
     # environment, as its checkpoint writer starts processes of its own.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")

@@ -138,34 +138,35 @@ pub unsafe fn wgrad_tile(
     }
 }
 
-/// One tile of `dX = dY · W` into `scratch.tile`: `tile.rows` tokens by `tile.cols` columns.
+/// One tile of `dX += dY · W`: `tile.rows` tokens by `tile.cols` columns at `out`, rows `out_stride`
+/// apart.
 ///
 /// # Safety
-/// dY and W are valid for the shard and these tokens.
-pub unsafe fn dgrad_tile(
+/// dY and W are valid for the shard and these tokens, `out` for the tile.
+pub unsafe fn add_dgrad_tile(
     dtype: Dtype,
     weight_dtype: Dtype,
     shard: &Shard,
     dy: Matrix,
     weight: *const u8,
     tile: Tile,
-    scratch: &mut Scratch,
+    out: *mut f32,
+    out_stride: usize,
+    converted: (&mut Vec<f32>, &mut Vec<f32>),
 ) {
-    let Scratch { tile: out, left, right } = scratch;
-    out.clear();
-    out.resize(tile.rows * tile.cols, 0.0);
     let weight = Matrix { data: weight, stride: shard.cols };
     // SAFETY: the tile lies within tokens × shard columns.
     unsafe {
         let terms = terms_per_call(&[dtype, weight_dtype], shard.rows);
         for first in (0..shard.rows).step_by(terms) {
             let depth = terms.min(shard.rows - first);
-            let (dy, dy_stride) = rows_as_f32(dtype, dy, tile.row, tile.rows, first, depth, left);
+            let (dy, dy_stride) =
+                rows_as_f32(dtype, dy, tile.row, tile.rows, first, depth, converted.0);
             let (w, w_stride) =
-                rows_as_f32(weight_dtype, weight, first, depth, tile.col, tile.cols, right);
+                rows_as_f32(weight_dtype, weight, first, depth, tile.col, tile.cols, converted.1);
             let dy = Operand { data: dy, row: dy_stride, depth: 1 };
             let w = Operand { data: w, row: 1, depth: w_stride };
-            add_product(tile.rows, tile.cols, depth, dy, w, out.as_mut_ptr(), tile.cols);
+            add_product(tile.rows, tile.cols, depth, dy, w, out, out_stride);
         }
     }
 }

@@ -17,7 +17,7 @@ use super::{
     Step,
 };
 use crate::error::{Error, Result, bail, forge_status};
-use crate::format::store_factor;
+use crate::format::{Dtype, store_factor};
 use rayon::prelude::*;
 use scratch::{Scratch, ScratchPool};
 use update::{TileUpdate, apply_tile, sum_of_squares};
@@ -254,14 +254,56 @@ impl Backend for Cpu {
     ) {
         let dtype = scheme.factor_dtype;
         let (weight, dx) = (Shared(weight.cast_mut()), Shared(dx));
+        let weight_dtype = scheme.weight_format.model_dtype();
+        if dtype == Dtype::F32 {
+            // Straight into dX: wider tiles, since none has to stay in the cache for a conversion.
+            let grid = Grid::with_widest(tokens, shard.cols, self.threads, 4 * tile::MAX_TILE);
+            self.for_each(grid.tiles(), |index, scratch| {
+                let tile = grid.tile(index);
+                // SAFETY: as promised by the caller; tiles of dX are disjoint.
+                unsafe {
+                    let out = dx.get().cast::<f32>().add(tile.row * shard.cols + tile.col);
+                    for row in 0..tile.rows {
+                        out.add(row * shard.cols).write_bytes(0, tile.cols);
+                    }
+                    let converted = (&mut scratch.left, &mut scratch.right);
+                    let w = weight.get();
+                    let stride = shard.cols;
+                    gemm::add_dgrad_tile(
+                        dtype,
+                        weight_dtype,
+                        shard,
+                        dy,
+                        w,
+                        tile,
+                        out,
+                        stride,
+                        converted,
+                    );
+                }
+            });
+            return;
+        }
         let grid = Grid::new(tokens, shard.cols, self.threads);
         self.for_each(grid.tiles(), |index, scratch| {
             let tile = grid.tile(index);
-            let weight_dtype = scheme.weight_format.model_dtype();
+            let Scratch { tile: out, left, right } = scratch;
+            out.clear();
+            out.resize(tile.rows * tile.cols, 0.0);
             // SAFETY: as promised by the caller; tiles of dX are disjoint.
             unsafe {
-                gemm::dgrad_tile(dtype, weight_dtype, shard, dy, weight.get(), tile, scratch);
-                for (row, values) in scratch.tile.chunks_exact(tile.cols).enumerate() {
+                gemm::add_dgrad_tile(
+                    dtype,
+                    weight_dtype,
+                    shard,
+                    dy,
+                    weight.get(),
+                    tile,
+                    out.as_mut_ptr(),
+                    tile.cols,
+                    (left, right),
+                );
+                for (row, values) in out.chunks_exact(tile.cols).enumerate() {
                     let at = (tile.row + row) * shard.cols + tile.col;
                     store_factor(dtype, dx.get().add(at * dtype.bytes()), values);
                 }

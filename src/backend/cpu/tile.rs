@@ -38,7 +38,12 @@ fn part(extent: usize, most: usize, quantum: usize) -> usize {
 impl Grid {
     /// A grid for this many threads. The results are the same bits for every grid.
     pub fn new(rows: usize, cols: usize, threads: usize) -> Self {
-        let (mut most_rows, mut most_cols) = (MAX_TILE, MAX_TILE);
+        Self::with_widest(rows, cols, threads, MAX_TILE)
+    }
+
+    /// A grid whose tiles have at most `widest` columns.
+    pub fn with_widest(rows: usize, cols: usize, threads: usize, widest: usize) -> Self {
+        let (mut most_rows, mut most_cols) = (MAX_TILE, widest);
         loop {
             let grid = Self {
                 rows,
@@ -51,7 +56,7 @@ impl Grid {
             if balanced || (most_rows == MIN_TILE && most_cols == MIN_TILE) {
                 return grid;
             }
-            if most_rows >= most_cols {
+            if most_rows > MIN_TILE && most_rows >= most_cols {
                 most_rows /= 2;
             } else {
                 most_cols /= 2;
