@@ -94,3 +94,11 @@ pub unsafe fn handle<'a, T>(name: &str, pointer: *const T) -> Result<&'a T> {
     // SAFETY: a live handle, as promised by the caller.
     Ok(unsafe { &*pointer })
 }
+
+/// Refuses a reserved field that is not 0, so that a later version may give it a meaning.
+pub fn check_reserved(name: &str, value: u32) -> Result<()> {
+    if value != 0 {
+        bail!(FORGE_ERROR_UNSUPPORTED, "{name}.reserved: {value}; set it to 0");
+    }
+    Ok(())
+}

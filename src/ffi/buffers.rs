@@ -1,7 +1,7 @@
 //! Checks of a call's buffers: not NULL, aligned, of the right size, and none that is written
 //! overlaps another one. Everything is checked before anything is written.
 
-use super::boundary::{check_pointer, read_struct};
+use super::boundary::{check_pointer, check_reserved, read_struct};
 use super::types::{forge_buffer, forge_const_buffer, forge_parameter, forge_segment};
 use crate::backend::{Accumulator, Arrays, Backend, Factors, Matrix};
 use crate::error::{Result, bail};
@@ -261,5 +261,7 @@ impl<'a> Checker<'a> {
 /// As [`read_struct`].
 pub unsafe fn read_parameter(parameter: *const forge_parameter) -> Result<forge_parameter> {
     // SAFETY: as promised by the caller.
-    unsafe { read_struct("parameter", parameter) }
+    let parameter = unsafe { read_struct("parameter", parameter)? };
+    check_reserved("parameter", parameter.reserved)?;
+    Ok(parameter)
 }

@@ -1,6 +1,6 @@
 //! `forge_comm`: the ranks that share a W.
 
-use super::boundary::{boundary, check_pointer, handle, read_struct};
+use super::boundary::{boundary, check_pointer, check_reserved, handle, read_struct};
 use super::context::forge_context;
 use super::types::forge_host_collectives;
 use crate::comm::{Collectives, Comm, Host, Solo};
@@ -57,6 +57,7 @@ pub unsafe extern "C" fn forge_comm_new_host(
             handle("context", context)?;
             read_struct("collectives", collectives)?
         };
+        check_reserved("collectives", c.reserved)?;
         let (Some(all_gather), Some(reduce_scatter), Some(all_reduce)) =
             (c.all_gather, c.reduce_scatter, c.all_reduce)
         else {

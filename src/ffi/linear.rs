@@ -1,6 +1,8 @@
 //! `forge_linear`: creation, layout, plan.
 
-use super::boundary::{boundary, check_out_struct, check_pointer, handle, read_struct};
+use super::boundary::{
+    boundary, check_out_struct, check_pointer, check_reserved, handle, read_struct,
+};
 use super::comm::forge_comm;
 use super::context::forge_context;
 use super::types::{
@@ -76,6 +78,7 @@ pub unsafe extern "C" fn forge_linear_new(
         // SAFETY: as promised by the caller.
         let (context, comm, config, scheme) = unsafe {
             let config = read_struct("config", config)?;
+            check_reserved("config", config.reserved)?;
             let scheme = scheme(&config)?;
             (handle("context", context)?, handle("comm", comm)?, config, scheme)
         };

@@ -1,6 +1,8 @@
 //! The calls on a linear that move data: backward, update, accumulate, norm, dgrad, images.
 
-use super::boundary::{boundary, check_out_struct, check_pointer, handle, read_struct};
+use super::boundary::{
+    Sized32, boundary, check_out_struct, check_pointer, check_reserved, handle, read_struct,
+};
 use super::buffers::{Checker, read_parameter};
 use super::enums::{self, forge_backward_mode};
 use super::linear::forge_linear;
@@ -24,6 +26,7 @@ const _: () = assert!(size_of::<forge_step_scalars>() == size_of::<StepScalars>(
 unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepScalars> {
     // SAFETY: as promised by the caller.
     let step = unsafe { read_struct("step", step)? };
+    check_reserved("step", step.reserved)?;
     let scalars = if step.device_scalars.is_null() {
         step.scalars
     } else {
@@ -37,7 +40,7 @@ unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepScal
         grad_scale: scalars.grad_scale,
         hyper: scalars.hyper,
     };
-    check_scalars(linear.scheme.rule, &scalars)?;
+    check_scalars(linear.scheme.rule, linear.scheme.flags, &scalars)?;
     Ok(scalars)
 }
 
@@ -57,12 +60,22 @@ pub unsafe extern "C" fn forge_linear_check_step(
 
 /// # Safety
 /// `report` is NULL, misaligned, or points to a struct of its `struct_size`.
-unsafe fn check_report(report: *mut forge_report) -> Result<()> {
+unsafe fn check_report(check: &mut Checker, report: *mut forge_report) -> Result<()> {
     if report.is_null() {
         return Ok(());
     }
     // SAFETY: as promised by the caller.
-    unsafe { check_out_struct("report", report) }
+    unsafe { check_out(check, "report", report) }
+}
+
+/// A struct that the call fills: it must lie apart from the buffers as well.
+///
+/// # Safety
+/// `out` is NULL, misaligned, or points to a struct of its `struct_size`.
+unsafe fn check_out<T: Sized32>(check: &mut Checker, name: &str, out: *mut T) -> Result<()> {
+    // SAFETY: as promised by the caller.
+    unsafe { check_out_struct(name, out)? };
+    check.buffer(name, out.cast_const().cast(), size_of::<T>() as u64, Dtype::U8, true)
 }
 
 /// # Safety
@@ -99,13 +112,13 @@ pub unsafe extern "C" fn forge_linear_backward(
         // SAFETY: as promised by the caller.
         unsafe {
             let forge_linear { linear, layout } = handle("linear", linear)?;
-            check_report(report)?;
+            let mut check = Checker::new(&*linear.backend);
+            check_report(&mut check, report)?;
             let b = read_struct("backward", backward)?;
             linear.backend.check_stream(stream)?;
             linear.shape.check_tokens(b.tokens)?;
             let (shape, dtype) = (&linear.shape, linear.scheme.factor_dtype);
             let tokens = b.tokens as usize;
-            let mut check = Checker::new(&*linear.backend);
 
             let (dy_rows, x_rows) = (shape.dy_tokens(tokens), shape.x_tokens(tokens));
             let (rows, cols) = (shape.shard.rows as u64, shape.shard.cols as u64);
@@ -240,10 +253,10 @@ pub unsafe extern "C" fn forge_linear_update(
         // SAFETY: as promised by the caller.
         unsafe {
             let forge_linear { linear, layout } = handle("linear", linear)?;
-            check_report(report)?;
+            let mut check = Checker::new(&*linear.backend);
+            check_report(&mut check, report)?;
             let u = read_struct("update", update)?;
             linear.backend.check_stream(stream)?;
-            let mut check = Checker::new(&*linear.backend);
             let factors = check.segments(linear, u.segments, u.n_segments)?;
             let buffer = &u.accumulator;
             let accumulator = check.accumulator(buffer.data.cast(), buffer.bytes, layout, false)?;
@@ -305,10 +318,10 @@ pub unsafe extern "C" fn forge_linear_norm(
         // SAFETY: as promised by the caller.
         unsafe {
             let forge_linear { linear, layout } = handle("linear", linear)?;
-            check_out_struct("out", out)?;
+            let mut check = Checker::new(&*linear.backend);
+            check_out(&mut check, "out", out)?;
             linear.backend.check_stream(stream)?;
             let method = enums::norm_method("method", method)?;
-            let mut check = Checker::new(&*linear.backend);
             let factors = check.segments(linear, segments, n_segments)?;
             let (data, bytes) = (accumulator.data.cast(), accumulator.bytes);
             let accumulator = check.accumulator(data, bytes, layout, false)?;

@@ -84,8 +84,10 @@ impl Linear {
         // SAFETY: sizes were checked against `Shape::workspace_bytes` and the layouts; operations on
         // one buffer are ordered by `wait`.
         unsafe {
-            // 1. Start the gather; only a row-parallel dX needs it at once.
-            if let Some((features, gathers_x)) = shape.gathered_features() {
+            // 1. Start the gather; only a row-parallel dX needs it at once. Without tokens there is
+            //    nothing to communicate, on any rank: they agree on the count.
+            let gathered = shape.gathered_features().filter(|_| b.tokens > 0);
+            if let Some((features, gathers_x)) = gathered {
                 let source = if gathers_x { b.x } else { b.dy };
                 comm.all_gather(source.data, b.workspace, local_tokens * features, dtype)?;
                 let gathered = Matrix { data: b.workspace, stride: features };
@@ -103,9 +105,9 @@ impl Linear {
                 let partial = if shape.scatters_dx() { reduced_dx } else { dx };
                 backend.dgrad(scheme, shard, b.tokens, factors.dy, b.arrays.weight, partial);
                 comm.wait()?;
-                if shape.scatters_dx() {
+                if shape.scatters_dx() && b.tokens > 0 {
                     comm.reduce_scatter(partial, dx, local_tokens * shard.cols, dtype)?;
-                } else if shape.reduces_dx() {
+                } else if shape.reduces_dx() && b.tokens > 0 {
                     comm.all_reduce(dx, b.tokens * shard.cols, dtype)?;
                 }
             } else {

@@ -200,7 +200,7 @@ pub fn check_flags(rule: &dyn ErasedRule, flags: u32) -> Result<()> {
 }
 
 /// Refuses scalars outside the rule's ranges, NaN among them.
-pub fn check_scalars(rule: &dyn ErasedRule, scalars: &StepScalars) -> Result<()> {
+pub fn check_scalars(rule: &dyn ErasedRule, flags: u32, scalars: &StepScalars) -> Result<()> {
     if scalars.step == 0 || scalars.step > u64::from(u32::MAX) {
         bail!(FORGE_ERROR_SCALAR, "step: {} is not in 1..=4294967295", scalars.step);
     }
@@ -224,6 +224,17 @@ pub fn check_scalars(rule: &dyn ErasedRule, scalars: &StepScalars) -> Result<()>
             );
         }
     }
+    // Each in range, and yet a product of two may overflow.
+    if let Some(constant) = rule.constants(scalars, flags).iter().find(|c| !c.is_finite()) {
+        bail!(
+            FORGE_ERROR_SCALAR,
+            "lr: {} with weight_decay {} gives a step that fp32 cannot hold ({constant}); \
+             lower one of them (rule '{}')",
+            scalars.hyper[LR],
+            scalars.hyper[WEIGHT_DECAY],
+            info.name.to_string_lossy()
+        );
+    }
     Ok(())
 }
 
@@ -234,4 +245,33 @@ pub fn default_hyper(rule: &dyn ErasedRule) -> [f64; MAX_HYPER] {
         *value = hyper.default;
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scalars_in_range_whose_product_overflows_are_refused() {
+        let rule = find("adamw").unwrap();
+        let hyper = default_hyper(rule);
+        let mut s = StepScalars { step: 1, seed: 0, grad_scale: 1.0, hyper };
+        check_scalars(rule, 0, &s).unwrap();
+        (s.hyper[LR], s.hyper[WEIGHT_DECAY]) = (1e30, 1e30);
+        let error = check_scalars(rule, 0, &s).unwrap_err();
+        assert!(error.message.contains("weight_decay 1e30"), "{error}");
+    }
+
+    #[test]
+    fn every_rule_starts_with_lr_and_weight_decay() {
+        for rule in RULES {
+            let info = rule.info();
+            assert_eq!(info.hyper[LR].name, c"lr");
+            assert_eq!(info.hyper[WEIGHT_DECAY].name, c"weight_decay");
+            assert!(info.hyper.len() <= MAX_HYPER && info.states.len() <= MAX_STATES);
+            for hyper in info.hyper {
+                assert!((hyper.least..=hyper.most).contains(&hyper.default));
+            }
+        }
+    }
 }

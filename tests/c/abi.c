@@ -4,8 +4,8 @@
 
 #include <string.h>
 
-/* On a 64-bit machine, ABI 1 has these sizes for ever: a change of one needs a new FORGE_ABI_VERSION
- * or an appended field and a longer struct_size. */
+/* On a 64-bit machine, ABI 1 has these sizes for ever: a change of one needs a new
+ * FORGE_ABI_VERSION or an appended field and a longer struct_size. */
 #define HAS_SIZE(type, bytes) REQUIRE(sizeof(type) == (bytes))
 
 static void check_sizes(void) {

@@ -1,5 +1,5 @@
-/* What the C programs of this directory share: a check that names its place, and random numbers that
- * are the same everywhere. C99 and C++17. */
+/* What the C programs of this directory share: a check that names its place, and random numbers
+ * that are the same everywhere. C99 and C++17. */
 
 #ifndef FORGE_TESTS_CHECK_H
 #define FORGE_TESTS_CHECK_H
@@ -11,23 +11,23 @@
 #include <stdlib.h>
 
 /* assert() would vanish with NDEBUG; a test must not. */
-#define REQUIRE(condition)                                                                \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);     \
-            exit(1);                                                                      \
-        }                                                                                 \
+#define REQUIRE(condition)                                                                         \
+    do {                                                                                           \
+        if (!(condition)) {                                                                        \
+            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);              \
+            exit(1);                                                                               \
+        }                                                                                          \
     } while (0)
 
 /* A call that must succeed; otherwise FORGE's own sentence is the message. */
-#define OK(call)                                                                          \
-    do {                                                                                  \
-        const uint32_t ok_status_ = (uint32_t)(call);                                     \
-        if (ok_status_ != FORGE_OK) {                                                     \
-            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__,                        \
-                    forge_status_name(ok_status_), forge_last_error());                   \
-            exit(1);                                                                      \
-        }                                                                                 \
+#define OK(call)                                                                                   \
+    do {                                                                                           \
+        const uint32_t ok_status_ = (uint32_t)(call);                                              \
+        if (ok_status_ != FORGE_OK) {                                                              \
+            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, forge_status_name(ok_status_),  \
+                    forge_last_error());                                                           \
+            exit(1);                                                                               \
+        }                                                                                          \
     } while (0)
 
 /* Uniform in [-1, 1): the upper bits of a 64-bit linear congruential generator (Knuth's MMIX). */

@@ -1,7 +1,7 @@
-/* The schedule `deferred` with exact clipping: the factors of three micro-batches are kept, the norm
- * of the whole gradient comes from them (both ways), and one call updates. Held against a reference
- * that materialises the gradient in double. Then the same with a bf16 weight, its lower halves and
- * 8-bit states, all allocated from forge_linear_layout. */
+/* The schedule `deferred` with exact clipping: the factors of three micro-batches are kept, the
+ * norm of the whole gradient comes from them (both ways), and one call updates. Held against a
+ * reference that materialises the gradient in double. Then the same with a bf16 weight, its lower
+ * halves and 8-bit states, all allocated from forge_linear_layout. */
 
 #include "check.h"
 
@@ -98,8 +98,8 @@ static double reference_step(reference *r, const float *dy, const float *x, int 
         r->m[k] += (1.0 - BETA1) * (g - r->m[k]);
         r->v[k] = BETA2 * r->v[k] + (1.0 - BETA2) * g * g;
         r->w[k] *= 1.0 - LR * DECAY;
-        r->w[k] -= LR / (1.0 - pow(BETA1, t)) * r->m[k]
-                   / (sqrt(r->v[k]) / sqrt(1.0 - pow(BETA2, t)) + EPS);
+        r->w[k] -= LR / (1.0 - pow(BETA1, t)) * r->m[k] /
+                   (sqrt(r->v[k]) / sqrt(1.0 - pow(BETA2, t)) + EPS);
     }
     return norm;
 }

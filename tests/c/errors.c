@@ -45,11 +45,11 @@ static void check(const char *file, int line, const char *call, uint32_t got, ui
     printf("%-28s %s\n", forge_status_name(got), forge_last_error());
 }
 
-#define EXPECT(status, argument, call)                                                    \
-    do {                                                                                  \
-        memcpy(&before, &memory, sizeof memory);                                          \
-        const uint32_t status_ = (call);                                                  \
-        check(__FILE__, __LINE__, #call, status_, (status), (argument));                  \
+#define EXPECT(status, argument, call)                                                             \
+    do {                                                                                           \
+        memcpy(&before, &memory, sizeof memory);                                                   \
+        const uint32_t status_ = (call);                                                           \
+        check(__FILE__, __LINE__, #call, status_, (status), (argument));                           \
     } while (0)
 
 /* Collectives of which none works. */
@@ -258,7 +258,8 @@ static void calls(void) {
     OK(forge_linear_check_step(linear, &s));
     p.weight_extra.data = memory.fp32;
     p.weight_extra.bytes = sizeof memory.fp32;
-    EXPECT(FORGE_ERROR_UNSUPPORTED, "weight_extra", forge_linear_backward(linear, &b, report, NULL));
+    EXPECT(FORGE_ERROR_UNSUPPORTED, "weight_extra",
+           forge_linear_backward(linear, &b, report, NULL));
     p = parameter();
     p.states[1].data = NULL;
     EXPECT(FORGE_ERROR_NULL, "states[1]", forge_linear_backward(linear, &b, report, NULL));
@@ -293,7 +294,8 @@ static void a_failing_collective(void) {
     const uint32_t status = forge_linear_backward(linear, &b, &memory.report, NULL);
     /* Outside the 1xx band outputs may have been written; the parameter was not. */
     memcpy(before.dx, memory.dx, sizeof before.dx);
-    check(__FILE__, __LINE__, "forge_linear_backward", status, FORGE_ERROR_COLLECTIVE, "all_reduce");
+    check(__FILE__, __LINE__, "forge_linear_backward", status, FORGE_ERROR_COLLECTIVE,
+          "all_reduce");
 
     /* What a shard's tokens cannot be: shared out unevenly. */
     forge_linear_free(linear);

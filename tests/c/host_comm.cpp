@@ -1,7 +1,7 @@
 // Tensor parallelism with the caller's own collectives: two ranks are two threads, their
-// collectives are copies through shared memory. The four column/row x SP cases against the unsharded
-// linear: bit for bit where the same products are summed, dX to rounding where it is reduced. Once
-// with collectives that finish at once, once with ones that `wait` finishes.
+// collectives are copies through shared memory. The four column/row x SP cases against the
+// unsharded linear: bit for bit where the same products are summed, dX to rounding where it is
+// reduced. Once with collectives that finish at once, once with ones that `wait` finishes.
 
 #include "check.h"
 
@@ -22,7 +22,7 @@ constexpr int RANKS = 2, TOKENS = 6, OUT = 10, IN = 8;
 
 // Nobody passes before all have come; reusable.
 class Barrier {
-public:
+  public:
     void arrive_and_wait() {
         std::unique_lock<std::mutex> lock(mutex_);
         const long generation = generation_;
@@ -35,7 +35,7 @@ public:
         }
     }
 
-private:
+  private:
     std::mutex mutex_;
     std::condition_variable all_came_;
     int arrived_ = 0;
@@ -287,8 +287,7 @@ void compare(forge_context *context, const Case &c, bool deferred, const Problem
     OK(forge_comm_new_solo(context, &solo));
     const Communicator solo_owner(solo);
     const Case unsharded = {"unsharded", FORGE_PARALLEL_NONE, false, c.weight_format};
-    const Result whole =
-        train(make_linear(context, solo, unsharded).get(), unsharded, 0, problem);
+    const Result whole = train(make_linear(context, solo, unsharded).get(), unsharded, 0, problem);
 
     Group group;
     Result results[RANKS];
@@ -305,7 +304,8 @@ void compare(forge_context *context, const Case &c, bool deferred, const Problem
             collectives.all_reduce = all_reduce;
             collectives.wait = deferred ? wait : nullptr;
             forge_comm *comm = nullptr;
-            OK(forge_comm_new_host(context, static_cast<uint32_t>(rank), RANKS, &collectives, &comm));
+            OK(forge_comm_new_host(context, static_cast<uint32_t>(rank), RANKS, &collectives,
+                                   &comm));
             const Communicator comm_owner(comm);
             const Linear linear = make_linear(context, comm, c);
             results[rank] = train(linear.get(), c, rank, problem);
@@ -329,7 +329,8 @@ void compare(forge_context *context, const Case &c, bool deferred, const Problem
         const size_t share = TOKENS / RANKS, t0 = part ? static_cast<size_t>(rank) * share : 0;
         const auto dx = cut(whole.dx, IN, t0, t0 + (part ? share : TOKENS), c0, c1);
         const double difference = largest_difference(r.dx, dx);
-        // Row parallel sums the same terms in the same order; column parallel adds two partial sums.
+        // Row parallel sums the same terms in the same order; column parallel adds two partial
+        // sums.
         REQUIRE(difference <= (c.parallel == FORGE_PARALLEL_ROW ? 0.0 : 1e-5));
         dx_difference = std::fmax(dx_difference, difference);
         REQUIRE((waits[rank] > 0) == deferred);
@@ -392,14 +393,14 @@ void check_log(forge_context *context, Problem problem) {
     REQUIRE(report.tiles > 1 || weight == problem.weight);
 
     update.struct_size = 0;
-    REQUIRE(forge_linear_update(linear.get(), &update, &report, nullptr)
-            == FORGE_ERROR_STRUCT_SIZE);
+    REQUIRE(forge_linear_update(linear.get(), &update, &report, nullptr) ==
+            FORGE_ERROR_STRUCT_SIZE);
     REQUIRE(log.debug >= 1);
 
     OK(forge_set_log_callback(nullptr, nullptr, 0));
     const int lines = log.warnings + log.debug;
-    REQUIRE(forge_linear_update(linear.get(), &update, &report, nullptr)
-            == FORGE_ERROR_STRUCT_SIZE);
+    REQUIRE(forge_linear_update(linear.get(), &update, &report, nullptr) ==
+            FORGE_ERROR_STRUCT_SIZE);
     REQUIRE(log.warnings + log.debug == lines);
 }
 
