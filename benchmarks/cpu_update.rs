@@ -3,7 +3,8 @@
 //! At 4096 tokens, 1024×1024, fp32, AdamW, one thread: a whole backward (dX, then dW and update)
 //! and the update alone, against `matrixmultiply` on the same products followed by one fused
 //! optimizer pass (the same rule over a gradient in memory), and against the two-phase twin. Ratios
-//! of medians of one run are printed at the end and, with `FORGE_BENCH_JSON=path`, written there.
+//! of medians of interleaved rounds are printed at the end and, with `FORGE_BENCH_JSON=path` (and
+//! `FORGE_COMMIT`), written there.
 
 use criterion::{Criterion, SamplingMode};
 use forge::backend::cpu::Cpu;
@@ -12,11 +13,12 @@ use forge::format::{Dtype, Rounding, StateFormat, WeightFormat};
 use forge::rule::{self, MAX_STATES, StepScalars};
 use std::hint::black_box;
 use std::ptr::null_mut;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const TOKENS: usize = 4096;
 const OUT: usize = 1024;
 const IN: usize = 1024;
+const ROUNDS: usize = 41;
 
 fn data(n: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
@@ -159,61 +161,66 @@ impl Case {
     }
 }
 
-const NAMES: [&str; 5] = [
-    "forge_update",
-    "crate_wgrad_then_optimizer_pass",
-    "two_phase",
-    "forge_backward",
-    "crate_backward_then_optimizer_pass",
+type Variant = fn(&mut Case, &Cpu);
+
+const VARIANTS: [(&str, Variant); 5] = [
+    ("forge_update", |case, cpu| case.fused_update(cpu)),
+    ("crate_wgrad_then_optimizer_pass", |case, cpu| {
+        case.crate_wgrad();
+        case.optimizer_pass(cpu);
+    }),
+    ("two_phase", |case, cpu| case.two_phase(cpu)),
+    ("forge_backward", |case, cpu| {
+        case.dgrad(cpu);
+        case.fused_update(cpu);
+    }),
+    ("crate_backward_then_optimizer_pass", |case, cpu| {
+        case.crate_dgrad();
+        case.crate_wgrad();
+        case.optimizer_pass(cpu);
+    }),
 ];
 
-fn benchmarks(c: &mut Criterion) {
-    let cpu = Cpu::new(1).unwrap();
-    let mut case = Case::new();
+fn benchmarks(c: &mut Criterion, cpu: &Cpu, case: &mut Case) {
     let mut group = c.benchmark_group("adamw_fp32_4096x1024x1024");
     group.sampling_mode(SamplingMode::Flat).sample_size(20);
-    group.measurement_time(Duration::from_secs(4));
-    group.bench_function(NAMES[0], |b| b.iter(|| black_box(&mut case).fused_update(&cpu)));
-    group.bench_function(NAMES[1], |b| {
-        b.iter(|| {
-            black_box(&mut case).crate_wgrad();
-            case.optimizer_pass(&cpu);
-        });
-    });
-    group.bench_function(NAMES[2], |b| b.iter(|| black_box(&mut case).two_phase(&cpu)));
-    group.bench_function(NAMES[3], |b| {
-        b.iter(|| {
-            black_box(&mut case).dgrad(&cpu);
-            case.fused_update(&cpu);
-        });
-    });
-    group.bench_function(NAMES[4], |b| {
-        b.iter(|| {
-            black_box(&mut case).crate_dgrad();
-            case.crate_wgrad();
-            case.optimizer_pass(&cpu);
-        });
-    });
+    group.measurement_time(Duration::from_secs(3));
+    for (name, variant) in VARIANTS {
+        group.bench_function(name, |b| b.iter(|| variant(black_box(case), cpu)));
+    }
     group.finish();
 }
 
-/// Median seconds of a benchmark of this run, from criterion's own record.
-fn median(name: &str) -> Option<f64> {
-    let root = std::env::var("CARGO_TARGET_DIR")
-        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/target").to_string());
-    let path = format!("{root}/criterion/adamw_fp32_4096x1024x1024/{name}/new/estimates.json");
-    let text = std::fs::read_to_string(path).ok()?;
-    let json: serde_json::Value = serde_json::from_str(&text).ok()?;
-    Some(json["median"]["point_estimate"].as_f64()? * 1e-9)
+/// Median seconds of each variant over rounds that run every variant once: what disturbs the machine
+/// for a while disturbs them all.
+fn interleaved_medians(cpu: &Cpu, case: &mut Case, rounds: usize) -> Vec<f64> {
+    let mut times = vec![Vec::new(); VARIANTS.len()];
+    for _ in 0..rounds {
+        for ((_, variant), times) in VARIANTS.iter().zip(&mut times) {
+            let begin = Instant::now();
+            variant(black_box(case), cpu);
+            times.push(begin.elapsed().as_secs_f64());
+        }
+    }
+    times
+        .into_iter()
+        .map(|mut t| {
+            t.sort_by(f64::total_cmp);
+            t[t.len() / 2]
+        })
+        .collect()
 }
 
 fn main() {
+    let cpu = Cpu::new(1).expect("one thread needs no pool");
+    let mut case = Case::new();
     let mut criterion = Criterion::default().configure_from_args();
-    benchmarks(&mut criterion);
+    benchmarks(&mut criterion, &cpu, &mut case);
     criterion.final_summary();
-    let Some(times) = NAMES.iter().map(|n| median(n)).collect::<Option<Vec<_>>>() else {
+    if !std::env::args().any(|a| a == "--bench") {
         return; // `cargo test --benches` measures nothing
-    };
+    }
+    let times = interleaved_medians(&cpu, &mut case, ROUNDS);
     let ratios = serde_json::json!({
         "update_rate_over_crate_plus_pass": times[1] / times[0],
         "backward_rate_over_crate_plus_pass": times[4] / times[3],
@@ -222,11 +229,20 @@ fn main() {
     println!("{ratios:#}");
     if let Ok(path) = std::env::var("FORGE_BENCH_JSON") {
         let seconds: serde_json::Map<_, _> =
-            NAMES.iter().zip(&times).map(|(n, t)| (n.to_string(), (*t).into())).collect();
+            VARIANTS.iter().zip(&times).map(|((n, _), t)| (n.to_string(), (*t).into())).collect();
         let record = serde_json::json!({
+            "device": cpu_model(), "commit": std::env::var("FORGE_COMMIT").ok(),
+            "conditions": format!("one thread, medians of {ROUNDS} interleaved rounds"),
             "tokens": TOKENS, "out": OUT, "in": IN, "rule": "adamw", "weight_format": "fp32",
-            "state_format": "fp32", "threads": 1, "median_seconds": seconds, "ratios": ratios,
+            "state_format": "fp32", "median_seconds": seconds, "ratios": ratios,
         });
         std::fs::write(path, format!("{record:#}\n")).expect("the JSON can be written");
     }
+}
+
+/// The processor's name, where Linux tells it.
+fn cpu_model() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = info.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split(':').nth(1)?.trim().to_string())
 }

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 from conftest import Finished
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from pydoc_data.topics import topics
 
 from forge_train.demo.config import RunConfig
-from forge_train.demo.data import SampleStream, prepare
+
+with warnings.catch_warnings():  # of the optional packages that Megatron misses
+    warnings.simplefilter("ignore")
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from forge_train.demo.data import SampleStream, prepare
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*copy keyword", "ignore:Could not determine rank")
 
 
 @pytest.fixture(scope="module")

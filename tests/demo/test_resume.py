@@ -39,7 +39,7 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
 
 def _kill_and_resume(out: Path, flags: tuple[str, ...], chance: random.Random) -> None:
     """Kill at a random moment of a random step, maybe while a checkpoint is written; resume."""
-    step, delay = chance.randint(1, STEPS - 1), chance.uniform(0.0, 1.0)
+    step, delay = chance.randint(1, STEPS - 2), chance.uniform(0.0, 0.1)
     print(f"kill -9 {delay:.2f} s after step {step}")
     process = start(out, *flags)
     wait_for_step(process, out / "demo", step)

@@ -4,5 +4,5 @@ import sys
 
 from forge_train.demo.cli import main
 
-if __name__ == "__main__":  # the ranks import this file again under another name
+if __name__ == "__main__":
     sys.exit(main())

@@ -6,6 +6,7 @@ with another ``--tp``.
 
 from __future__ import annotations
 
+import queue
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from forge_train.demo import checkpoint_files
@@ -61,8 +63,19 @@ def _state(trainer: Trainer, loading: bool, with_rng: bool) -> dict[str, Any]:
     return state
 
 
+def _results_in_this_process() -> None:
+    """Let Megatron hand a synchronous save's results over in memory.
+
+    Its own queue lives in a server process, which takes seconds to start and, when the rank is
+    killed, stays for ever. Synchronous saves write in threads of this process.
+    """
+    if getattr(filesystem_async, "_results_queue", filesystem_async) is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
 def save(trainer: Trainer, stream: SampleStream, folder: Path) -> None:
     """Write a checkpoint of the current step; collective."""
+    _results_in_this_process()
     rank = torch.distributed.get_rank()
     if rank == 0:
         checkpoint_files.begin(folder, trainer.steps_done)

@@ -70,8 +70,7 @@ def _set_environment(threads: int) -> None:
     # Idle OpenMP threads sleep instead of spinning: they would take the cores from FORGE's own
     # threads, from the other ranks and from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Megatron warns of each optional package that is missing; none of them is used here. By the
-    # environment, as its checkpoint writer starts processes of its own.
+    # Megatron warns of each optional package that is missing; none of them is used here.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     # The memory measurement uses torch's profiler, which complains of the GPU that is not there.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -32,6 +32,8 @@ _LABELS = {
 
 MIB = 2**20
 
+_BAR_WIDTH = 0.55
+
 
 def loss_plot(path: Path, title: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     """Loss over steps, one curve per run; with two runs their difference below."""
@@ -59,6 +61,7 @@ def loss_plot(path: Path, title: str, runs: dict[str, list[dict[str, Any]]]) -> 
     if both:
         _difference(axes[1][0], *runs.values())
     axes[-1][0].set_xlabel("optimizer step")
+    axes[-1][0].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -67,7 +70,7 @@ def _difference(axis: Any, stock: list[dict[str, Any]], forge: list[dict[str, An
     pairs = list(zip(stock, forge, strict=False))
     steps = [one["step"] for one, _ in pairs]
     axis.plot(steps, [abs(a["loss"] - b["loss"]) for a, b in pairs], color="black", linewidth=1)
-    axis.set_ylabel("|difference|")
+    axis.set_ylabel("|difference|\n(nats per byte)")
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
@@ -83,10 +86,19 @@ def memory_plot(path: Path, title: str, bars: dict[str, dict[str, int]]) -> None
         heights = [parts[part] / MIB for parts in bars.values()]
         if not any(heights):
             continue
-        axis.bar(positions, heights, 0.55, bottom=bottoms, color=colour, label=_LABELS[part])
+        axis.bar(positions, heights, _BAR_WIDTH, bottom=bottoms, color=colour, label=_LABELS[part])
         for position, height, bottom in zip(positions, heights, bottoms, strict=True):
+            middle = bottom + height / 2
             if height > tallest / 30:
-                axis.text(position, bottom + height / 2, f"{height:.1f}", ha="center", va="center")
+                axis.text(position, middle, f"{height:.1f}", ha="center", va="center")
+            elif height:  # too thin to write in
+                axis.text(
+                    position + _BAR_WIDTH / 2 + 0.02,
+                    middle,
+                    f"{part} {height:.2g}",
+                    va="center",
+                    fontsize=9,
+                )
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for position, total in zip(positions, bottoms, strict=True):
         axis.text(
@@ -100,7 +112,7 @@ def memory_plot(path: Path, title: str, bars: dict[str, dict[str, int]]) -> None
     axis.set_xticks(list(positions), list(bars))
     axis.set_xlim(-0.6, len(bars) - 0.4)
     axis.set_ylim(0, tallest * 1.1)
-    axis.set_ylabel("peak memory of one rank (MiB)")
+    axis.set_ylabel("memory of one rank at a training step's peak (MiB)")
     axis.set_title(title, fontsize=10)
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(

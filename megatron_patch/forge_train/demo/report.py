@@ -42,6 +42,10 @@ def computed_stock_memory(run: RunConfig) -> dict[str, int]:
     }
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}es"
+
+
 def write_plots(run: RunConfig, compared: bool) -> list[Path]:
     """Draw ``loss.png`` and ``memory.png`` of a finished run into its folder."""
     summary, log = _summary(run), read_log(run.directory / "log.jsonl")
@@ -59,9 +63,10 @@ def write_plots(run: RunConfig, compared: bool) -> list[Path]:
     title = (
         f"{run.name}: {summary['parameters_per_rank'] / 1e6:.1f} M parameters per rank, TP={run.tp}"
         f"{' + SP' if run.sequence_parallel and run.tp > 1 else ''}, "
-        f"{run.tokens_per_step} tokens per step\n"
+        f"{run.tokens_per_step} tokens per step in {_count(run.micro_batches, 'micro-batch')}\n"
         f"{run.rule}, weights {run.weight_format}, states {run.state_format}, "
-        f"schedule {run.schedule}, clip {run.clip_grad:g}"
+        f"{'' if run.stock else f'schedule {run.schedule}, '}"
+        f"clip {run.clip_grad:g}, {summary['device']}"
     )
     paths = [run.directory / "loss.png", run.directory / "memory.png"]
     plots.loss_plot(paths[0], title, curves)

@@ -153,6 +153,7 @@ def _summarise(
     summary = {
         "steps": run.steps,
         "parameters_per_rank": parameter_count(trainer),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "first_loss": records[0]["loss"],
         "final_loss": sum(final) / len(final),
         "final_loss_steps": len(final),
