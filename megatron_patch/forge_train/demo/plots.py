@@ -69,10 +69,11 @@ def loss_plot(path: Path, title: str, runs: dict[str, list[dict[str, Any]]]) -> 
 def _difference(axis: Any, stock: list[dict[str, Any]], forge: list[dict[str, Any]]) -> None:
     pairs = list(zip(stock, forge, strict=False))
     steps = [one["step"] for one, _ in pairs]
-    axis.plot(steps, [abs(a["loss"] - b["loss"]) for a, b in pairs], color="black", linewidth=1)
+    differences = [abs(a["loss"] - b["loss"]) for a, b in pairs]
+    axis.plot(steps, differences, ".-", color="black", linewidth=0.8, markersize=3)
+    if any(differences):
+        axis.set_yscale("log", nonpositive="mask")  # equal losses are gaps
     axis.set_ylabel("|difference|\n(nats per byte)")
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
 
 
@@ -97,7 +98,7 @@ def memory_plot(path: Path, title: str, bars: dict[str, dict[str, int]]) -> None
                     middle,
                     f"{part} {height:.2g}",
                     va="center",
-                    fontsize=9,
+                    fontsize=8,
                 )
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for position, total in zip(positions, bottoms, strict=True):
@@ -110,7 +111,7 @@ def memory_plot(path: Path, title: str, bars: dict[str, dict[str, int]]) -> None
             weight="bold",
         )
     axis.set_xticks(list(positions), list(bars))
-    axis.set_xlim(-0.6, len(bars) - 0.4)
+    axis.set_xlim(-0.45, len(bars) - 0.2)
     axis.set_ylim(0, tallest * 1.1)
     axis.set_ylabel("memory of one rank at a training step's peak (MiB)")
     axis.set_title(title, fontsize=10)
