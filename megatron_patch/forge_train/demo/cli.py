@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         f"(default by rule: {', '.join(f'{rule} {lr:g}' for rule, lr in DEFAULT_LR.items())})",
     )
     training.add_argument(
+        "--adam-eps",
+        type=float,
+        help="epsilon of adam and adamw, in units of a gradient element "
+        f"(default: {default.adam_eps:g})",
+    )
+    training.add_argument(
         "--warmup-steps",
         type=int,
         metavar="N",

@@ -62,6 +62,7 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         lr=run.lr,
         min_lr=run.lr * FINAL_LR_FRACTION,
         weight_decay=run.weight_decay,
+        adam_eps=run.adam_eps,
         clip_grad=run.clip_grad,
         bf16=run.bf16,
         params_dtype=torch.bfloat16 if run.bf16 else torch.float32,
