@@ -64,9 +64,7 @@ def _cpu_count() -> int:
 
 def _set_environment(threads: int) -> None:
     """Set what the ranks inherit, unless the user has set it."""
-    # Both torch and the Rust thread pool read theirs when they start.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
     # Idle OpenMP threads sleep instead of spinning: they would take the cores from FORGE's own
     # threads, from the other ranks and from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -26,7 +26,7 @@ pub struct Operand {
 }
 
 /// Terms to give to one [`add_product`]: operands that are fp32 already go in one call, which sums
-/// chunk by chunk itself (and packs with less overhead: 3 % at 4096 tokens); others are converted a
+/// chunk by chunk itself (and packs with less overhead); others are converted a
 /// chunk at a time.
 pub fn terms_per_call(dtypes: &[Dtype], total: usize) -> usize {
     let in_place = dtypes.iter().all(|d| *d == Dtype::F32);
