@@ -3,15 +3,17 @@
 //! Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Pinned by
 //! Random123's published known-answer vectors in the tests below.
 //!
-//! One call serves eight consecutive elements of the *global* matrix with 16 bits each, so a draw
-//! depends on (seed, parameter, tensor, step, global element index) and on no tile, thread, launch
-//! or rank.
+//! One call serves eight elements of the *global* matrix with 16 bits each, so a draw depends on
+//! (seed, parameter, tensor, step, global element index) and on no tile, thread, launch or rank.
+//! Which eight: of every 32 consecutive elements, those that one lane of a quad holds in a tensor
+//! core's accumulator, so that on a GPU no lane draws for another: call `4·(i/32) + (i%8)/2`, word
+//! `(i%32)/8`, half `i%2`.
 
 const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
-/// Elements that share one Philox call.
-pub const ELEMENTS_PER_CALL: u64 = 8;
+/// Elements that share four Philox calls.
+const BLOCK: u64 = 32;
 
 /// Ten rounds of Philox4x32.
 #[inline(always)]
@@ -71,15 +73,26 @@ impl Noise {
         let mut done = 0;
         while done < out.len() {
             let index = first + done as u64;
-            let lane = (index % ELEMENTS_PER_CALL) as usize;
-            let words = self.call(stream, index / ELEMENTS_PER_CALL);
-            let take = (ELEMENTS_PER_CALL as usize - lane).min(out.len() - done);
-            for (i, draw) in out[done..done + take].iter_mut().enumerate() {
-                let at = lane + i;
-                *draw = (words[at / 2] >> (16 * (at % 2))) as u16;
-            }
+            let within = (index % BLOCK) as usize;
+            let take = (BLOCK as usize - within).min(out.len() - done);
+            let block = self.block(stream, index / BLOCK);
+            out[done..done + take].copy_from_slice(&block[within..within + take]);
             done += take;
         }
+    }
+
+    /// The draws of 32 consecutive elements: four calls.
+    #[inline(always)]
+    fn block(&self, stream: Stream, block: u64) -> [u16; BLOCK as usize] {
+        let mut out = [0; BLOCK as usize];
+        for lane in 0..4 {
+            let words = self.call(stream, 4 * block + lane as u64);
+            for (j, word) in words.into_iter().enumerate() {
+                out[8 * j + 2 * lane] = word as u16;
+                out[8 * j + 2 * lane + 1] = (word >> 16) as u16;
+            }
+        }
+        out
     }
 }
 

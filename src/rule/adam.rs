@@ -38,6 +38,8 @@ fn constants(step: &StepScalars, coupled: f64, decoupled: f64) -> Constants {
     c[5] = (1.0 - h[BETA2]) as f32;
     c[6] = bias2.sqrt() as f32;
     c[7] = h[EPS] as f32;
+    // For the GPU, which multiplies.
+    c[8] = (1.0 / bias2.sqrt()) as f32;
     c
 }
 

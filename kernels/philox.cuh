@@ -1,0 +1,49 @@
+// Philox4x32-10 (Salmon et al., SC 2011), the same numbers as src/philox.rs.
+//
+// One call gives eight elements 16 bits each. Which eight: of every 32 consecutive elements of the
+// global matrix, those that one lane of a quad holds in an mma accumulator, so that no lane draws
+// for another: call 4·(index/32) + (index%8)/2, word (index%32)/8, half index%2.
+#pragma once
+#include "prelude.cuh"
+
+namespace forge {
+
+struct Draws {
+    u32 word[4];  // word j: elements 8j + 2q and 8j + 2q + 1 of the block of 32
+};
+
+FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const u64 p0 = static_cast<u64>(0xD2511F53u) * c0;
+        const u64 p1 = static_cast<u64>(0xCD9E8D57u) * c2;
+        c0 = static_cast<u32>(p1 >> 32) ^ c1 ^ k0;
+        c1 = static_cast<u32>(p1);
+        c2 = static_cast<u32>(p0 >> 32) ^ c3 ^ k1;
+        c3 = static_cast<u32>(p0);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+enum class Stream : u32 { Weight = 0, State0 = 1, State1 = 2, State2 = 3 };
+
+// The call of (block of 32 elements, lane q of 0..3).
+FORGE_DEVICE Draws draw_call(const StepScalars& s, Stream stream, u64 block, u32 q) {
+    const u64 group = block * 4 + q;
+    const u32 high = (static_cast<u32>(group >> 32) & 0x00FFFFFFu) | (static_cast<u32>(stream) << 24);
+    return philox4x32_10(static_cast<u32>(group), high, s.step, s.seed_high, s.key[0], s.key[1]);
+}
+
+// The 16 bits of one element, at the price of a call each: for elements that share no block.
+FORGE_DEVICE u32 draw_one(const StepScalars& s, Stream stream, u64 index) {
+    const Draws d = draw_call(s, stream, index / 32, (static_cast<u32>(index) & 7u) / 2);
+    const u32 j = (static_cast<u32>(index) & 31u) / 8;
+    const u32 low = j & 1 ? d.word[1] : d.word[0];
+    const u32 high = j & 1 ? d.word[3] : d.word[2];
+    const u32 word = j & 2 ? high : low;
+    return (word >> (16 * (static_cast<u32>(index) & 1u))) & 0xFFFFu;
+}
+
+}  // namespace forge

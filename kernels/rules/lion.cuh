@@ -1,0 +1,20 @@
+// Lion: src/rule/lion.rs in CUDA.
+#pragma once
+#include "../prelude.cuh"
+
+namespace forge {
+
+struct Lion {
+    static constexpr int STATES = 1;
+
+    FORGE_DEVICE static void update(const float* c, float g, float& w, float* s) {
+        const float m = s[0];
+        const float u = __fmaf_rn(c[2], m, __fmul_rn(c[3], g));
+        // The paper's sign(0) is 0.
+        const float step = u == 0.0f ? 0.0f : copysignf(c[0], u);
+        w = __fsub_rn(__fmul_rn(w, c[1]), step);
+        s[0] = __fmaf_rn(c[4], m, __fmul_rn(c[5], g));
+    }
+};
+
+}  // namespace forge
