@@ -49,12 +49,20 @@ class HostComm(Comm):
     Args:
         context: the backend.
         group: the process group; None is the default group.
+
+    Raises:
+        ValueError: the context is a GPU's.
     """
 
     def __init__(self, context: Context, group: dist.ProcessGroup | None = None) -> None:
         """Register the callbacks; no communication takes place."""
         import torch.distributed as dist
 
+        if context.device.type != "cpu":
+            raise ValueError(
+                f"collectives over tensors on {context.device} need NCCL, which FORGE does not "
+                "have yet: use tensor parallelism of 1 on the GPU, or train on the CPU"
+            )
         self.context, self.group = context, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._pending: list[tuple[Any, tuple[torch.Tensor, ...]]] = []

@@ -8,10 +8,19 @@ from typing import Any
 import torch
 
 from ._comm import Comm
-from ._context import Context, default_context
+from ._context import Context, canonical, default_context
 from ._lib import check, ffi, lib, new_struct, text
-from ._structs import layout_of, parameter_struct, report_of, segment_array, step_struct
-from ._tensors import FORGE_DTYPE, as_factor, fill_buffer, fill_matrix
+from ._structs import (
+    layout_of,
+    norm_of,
+    parameter_struct,
+    report_of,
+    scalars_bytes,
+    segment_array,
+    step_struct,
+    struct_at,
+)
+from ._tensors import FORGE_DTYPE, as_factor, fill_buffer, fill_matrix, require_device
 from ._types import (
     NORM_METHODS,
     PARALLEL,
@@ -33,7 +42,7 @@ from ._types import (
 from .rules import hyper_values, rule_flags, rule_info
 
 _NAME_OF_SCHEDULE = {number: name for name, number in SCHEDULES.items()}
-_NAME_OF_NORM = {number: name for name, number in NORM_METHODS.items()}
+_FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODES = {
     "update": lib.FORGE_BACKWARD_UPDATE,
     "accumulate": lib.FORGE_BACKWARD_ACCUMULATE,
@@ -47,13 +56,18 @@ class Linear:
     Args:
         spec: shapes, formats, rule, shard.
         name: leads every error message.
-        context: the backend; the process' default where None.
+        context: the backend; that of ``comm``, else the process' own of ``device``, where None.
         comm: the tensor-parallel group; one rank alone where None.
+        device: where its tensors are; the context's where None.
+
+    Attributes:
+        device: where every tensor of every call must be.
 
     Raises:
         ForgeArgumentError: a combination that the library does not support, or shards that do not
             divide.
-        ValueError: an unknown format, rounding or dtype.
+        ForgeBackendError: see :class:`Context`.
+        ValueError: an unknown format, rounding or dtype, or a context of another device.
     """
 
     def __init__(
@@ -63,18 +77,26 @@ class Linear:
         name: str = "",
         context: Context | None = None,
         comm: Comm | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         """Make the layer; no tensor is allocated."""
         self.spec, self.name = spec, name
-        self.context = context or (comm.context if comm is not None else default_context())
+        if context is None:
+            context = comm.context if comm is not None else default_context(device or "cpu")
+        self.context, self.device = context, context.device
+        if device is not None and canonical(device) != self.device:
+            raise ValueError(
+                f"{name} is on {device}, but its context computes on {self.device}; pass a context "
+                "of the same device, or none"
+            )
         # The library wants the communicator to outlive its linears: hold on to it.
         self.comm = comm if comm is not None else Comm(self.context)
         self.flags = rule_flags(spec.rule.options)
         self.rule = rule_info(spec.rule.name, self.flags)
-        if spec.factor_dtype not in FORGE_DTYPE:
+        if spec.factor_dtype not in _FACTOR_DTYPES:
             raise ValueError(
                 f"{name}: factors of {spec.factor_dtype} are not supported; "
-                "use torch.float32 or torch.bfloat16"
+                "use torch.float32, torch.bfloat16 or torch.float16"
             )
         formats = spec.formats_of(len(self.rule.state_names))
         rule_name = ffi.new("char[]", spec.rule.name.encode())
@@ -93,7 +115,9 @@ class Linear:
         config.parameter_id = spec.parameter_id
         config.rule = rule_name
         out = ffi.new("forge_linear **")
-        check(lib.forge_linear_new(self.context.handle, self.comm.handle, config, out), name)
+        with self.context.current():
+            made = lib.forge_linear_new(self.context.handle, self.comm.handle, config, out)
+            check(made, name)
         self.handle = ffi.gc(out[0], lib.forge_linear_free)
         self.state_formats = tuple(formats)
         self.layout = self._layout()
@@ -120,6 +144,7 @@ class Linear:
                 f"{shape} of {want.dtype}, got {tuple(data.shape)} of {data.dtype} with strides "
                 f"{data.stride()}"
             )
+        require_device(data, self.device, f"{self.name}: weight")
         extra = self.layout.weight_extra
         storage = Storage(
             weight=data,
@@ -151,6 +176,14 @@ class Linear:
         check(lib.forge_linear_check_step(self.handle, step_struct(scalars)), self.name)
         return scalars
 
+    def device_scalars(self, scalars: Scalars) -> torch.Tensor:
+        """The same numbers in the backend's memory, for an update whose numbers change later.
+
+        A captured CUDA graph reads them when it runs: copy another step's into the tensor before
+        the next replay. :meth:`scalars` has checked them; nobody does when they are read.
+        """
+        return scalars_bytes(scalars).to(self.device)
+
     # -- the calls ----------------------------------------------------------------------------
 
     def backward(
@@ -163,7 +196,8 @@ class Linear:
         need_dx: bool = True,
         need_dbias: bool = False,
         accumulator: torch.Tensor | None = None,
-        scalars: Scalars | None = None,
+        scalars: Scalars | torch.Tensor | None = None,
+        report: torch.Tensor | None = None,
     ) -> BackwardResult:
         """A whole backward in one call: communication, dX, dbias and, by ``mode``, the weight.
 
@@ -176,11 +210,13 @@ class Linear:
             need_dx: whether to compute dX, shaped like ``x``.
             need_dbias: whether to compute dbias ``[out_local]`` of the factor dtype.
             accumulator: fp32 ``[out_local, in_local]``.
-            scalars: the step's numbers.
+            scalars: the step's numbers, or the tensor that :meth:`device_scalars` made of them.
+            report: where ``update`` leaves its report, ``uint8 [sizeof(forge_report)]`` on the
+                device; None: the call waits for the update and returns it.
         """
         dtype, layout = self.spec.factor_dtype, self.layout
-        dy2d = as_factor(dy, layout.out_local, dtype, f"{self.name}: dY")
-        x2d = as_factor(x, layout.in_local, dtype, f"{self.name}: X")
+        dy2d = as_factor(dy, layout.out_local, dtype, self.device, f"{self.name}: dY")
+        x2d = as_factor(x, layout.in_local, dtype, self.device, f"{self.name}: X")
         # Column gathers X, so dY has every token; row gathers dY, so X has.
         gathers = self.spec.sequence_parallel and self.comm.size > 1
         gathers_x, gathers_dy = (gathers and self.spec.parallel == p for p in ("column", "row"))
@@ -189,23 +225,29 @@ class Linear:
             x2d = x2d.contiguous()
         if gathers_dy:
             dy2d = dy2d.contiguous()
-        dx = torch.empty(x2d.shape, dtype=dtype) if need_dx else None
-        dbias = torch.empty(layout.out_local, dtype=dtype) if need_dbias else None
+        dx = torch.empty(x2d.shape, dtype=dtype, device=self.device) if need_dx else None
+        dbias = (
+            torch.empty(layout.out_local, dtype=dtype, device=self.device) if need_dbias else None
+        )
         workspace = self._workspace(tokens)
 
-        call, report = new_struct("forge_backward"), new_struct("forge_report")
+        call, host_report = new_struct("forge_backward"), ffi.NULL
         call.mode, call.tokens = _MODES[mode], tokens
         call.dy_stride, call.x_stride = fill_matrix(call.dy, dy2d), fill_matrix(call.x, x2d)
-        fill_buffer(call.dx, dx, "dX")
-        fill_buffer(call.dbias, dbias, "dbias")
-        fill_buffer(call.workspace, workspace, "workspace")
-        fill_buffer(call.accumulator, accumulator, f"{self.name}: accumulator")
+        fill_buffer(call.dx, dx, self.device, "dX")
+        fill_buffer(call.dbias, dbias, self.device, "dbias")
+        fill_buffer(call.workspace, workspace, self.device, "workspace")
+        fill_buffer(call.accumulator, accumulator, self.device, f"{self.name}: accumulator")
+        if mode == "update":
+            host_report = self._report(call, report)
         # The struct holds pointers only: these names keep their targets alive over the call.
-        parameter = parameter_struct(storage, self.name)
-        step = step_struct(scalars) if scalars is not None else ffi.NULL
+        parameter = self._parameter(storage)
+        step = self._step(scalars) if scalars is not None else ffi.NULL
         call.parameter, call.step = parameter, step
-        status = lib.forge_linear_backward(self.handle, call, report, ffi.NULL)
-        self.comm.check(status, self.name)
+        with self.context.current():
+            stream = self.context.stream()
+            status = lib.forge_linear_backward(self.handle, call, host_report, stream)
+            self.comm.check(status, self.name)
 
         segment = None
         if mode == "keep":
@@ -218,13 +260,29 @@ class Linear:
             dx=dx.view(x.shape) if dx is not None else None,
             dbias=dbias,
             segment=segment,
-            report=report_of(report) if mode == "update" else None,
+            report=report_of(host_report) if host_report else None,
         )
+
+    def _report(self, call: Any, report: torch.Tensor | None) -> Any:
+        """Have the report left in ``report``, or return the host's struct for it."""
+        if report is None:
+            return new_struct("forge_report")
+        what = f"{self.name}: report"
+        call.device_report = struct_at(report, "forge_report", self.device, what)
+        return ffi.NULL
+
+    def _step(self, scalars: Scalars | torch.Tensor) -> Any:
+        if isinstance(scalars, torch.Tensor):
+            require_device(scalars, self.device, f"{self.name}: scalars")
+        return step_struct(scalars)
+
+    def _parameter(self, storage: Storage) -> Any:
+        return parameter_struct(storage, self.device, self.name)
 
     def _workspace(self, tokens: int) -> torch.Tensor | None:
         out = ffi.new("uint64_t *")
         check(lib.forge_linear_workspace(self.handle, tokens, out), self.name)
-        return torch.empty(out[0], dtype=torch.uint8) if out[0] else None
+        return torch.empty(out[0], dtype=torch.uint8, device=self.device) if out[0] else None
 
     def _gathered(self, workspace: torch.Tensor | None, tokens: int, cols: int) -> torch.Tensor:
         """The gathered factor that ``keep`` leaves at the start of the workspace."""
@@ -239,67 +297,97 @@ class Linear:
     def dgrad(self, dy: torch.Tensor, storage: Storage) -> torch.Tensor:
         """Return dX ``[..., in_local]`` = dY · W, without communication."""
         layout = self.layout
-        dy2d = as_factor(dy, layout.out_local, self.spec.factor_dtype, f"{self.name}: dY")
-        dx = torch.empty(dy2d.shape[0], layout.in_local, dtype=self.spec.factor_dtype)
+        dtype = self.spec.factor_dtype
+        dy2d = as_factor(dy, layout.out_local, dtype, self.device, f"{self.name}: dY")
+        dx = torch.empty(dy2d.shape[0], layout.in_local, dtype=dtype, device=self.device)
         dy_buffer, dx_buffer = ffi.new("forge_const_buffer *"), ffi.new("forge_buffer *")
         stride = fill_matrix(dy_buffer, dy2d)
-        fill_buffer(dx_buffer, dx, "dX")
-        parameter = parameter_struct(storage, self.name)
-        status = lib.forge_linear_dgrad(
-            self.handle, dy2d.shape[0], dy_buffer[0], stride, parameter, dx_buffer[0], ffi.NULL
+        fill_buffer(dx_buffer, dx, self.device, "dX")
+        parameter = self._parameter(storage)
+        self._call(
+            lib.forge_linear_dgrad, dy2d.shape[0], dy_buffer[0], stride, parameter, dx_buffer[0]
         )
-        check(status, self.name)
         return dx.view(*dy.shape[:-1], layout.in_local)
 
     def update(
         self,
         segments: Sequence[Segment],
         storage: Storage,
-        scalars: Scalars,
+        scalars: Scalars | torch.Tensor,
         accumulator: torch.Tensor | None = None,
-    ) -> Report:
+        report: torch.Tensor | None = None,
+    ) -> Report | None:
         """Apply the rule with ``g = grad_scale · (accumulator + Σ dYᵀX)`` over all segments.
 
         Weight and states are written in place; tiles with inf or nan are left alone and counted.
+
+        Args:
+            segments: factors, summed in this order.
+            storage: the parameter.
+            scalars: as in :meth:`backward`.
+            accumulator: fp32 ``[out_local, in_local]``.
+            report: as in :meth:`backward`.
+
+        Returns:
+            What the update did; None where it is left in ``report``.
         """
-        call, report = new_struct("forge_update"), new_struct("forge_report")
-        array, step = segment_array(segments), step_struct(scalars)
-        parameter = parameter_struct(storage, self.name)
+        call = new_struct("forge_update")
+        array, step = segment_array(segments, self.device, self.name), self._step(scalars)
+        parameter = self._parameter(storage)
         call.n_segments, call.segments = len(segments), array
-        fill_buffer(call.accumulator, accumulator, f"{self.name}: accumulator")
+        fill_buffer(call.accumulator, accumulator, self.device, f"{self.name}: accumulator")
         call.parameter, call.step = parameter, step
-        check(lib.forge_linear_update(self.handle, call, report, ffi.NULL), self.name)
-        return report_of(report)
+        host_report = self._report(call, report)
+        self._hold(segments)
+        self._call(lib.forge_linear_update, call, host_report)
+        return report_of(host_report) if host_report else None
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        """Run a function of the library on torch's current stream of this device."""
+        with self.context.current():
+            check(function(self.handle, *arguments, self.context.stream()), self.name)
+
+    def _hold(self, segments: Sequence[Segment]) -> None:
+        """Factors may have been allocated on another stream, and are let go after the call."""
+        for segment in segments:
+            self.context.hold(segment.dy, segment.x)
 
     def accumulate(self, segments: Sequence[Segment], accumulator: torch.Tensor) -> None:
         """Add ``Σ dYᵀX`` to an fp32 accumulator ``[out_local, in_local]`` in place."""
         buffer = ffi.new("forge_buffer *")
-        fill_buffer(buffer, accumulator, f"{self.name}: accumulator")
-        array = segment_array(segments)
-        status = lib.forge_linear_accumulate(self.handle, array, len(segments), buffer[0], ffi.NULL)
-        check(status, self.name)
+        fill_buffer(buffer, accumulator, self.device, f"{self.name}: accumulator")
+        array = segment_array(segments, self.device, self.name)
+        self._hold(segments)
+        self._call(lib.forge_linear_accumulate, array, len(segments), buffer[0])
 
     def norm(
         self,
         segments: Sequence[Segment],
         accumulator: torch.Tensor | None = None,
         method: str = "auto",
-    ) -> Norm:
-        """``Σ dW²`` of this shard without dW; ``method`` is ``auto``, ``gram`` or ``tiles``."""
-        out, buffer = new_struct("forge_norm"), ffi.new("forge_const_buffer *")
-        fill_buffer(buffer, accumulator, f"{self.name}: accumulator")
-        array = segment_array(segments)
-        status = lib.forge_linear_norm(
-            self.handle,
-            array,
-            len(segments),
-            buffer[0],
-            choice(NORM_METHODS, "method", method),
-            out,
-            ffi.NULL,
-        )
-        check(status, self.name)
-        return Norm(out.sum_of_squares, bool(out.nonfinite), _NAME_OF_NORM[out.method])
+        out: torch.Tensor | None = None,
+    ) -> Norm | None:
+        """``Σ dW²`` of this shard without dW.
+
+        Args:
+            segments: factors.
+            accumulator: fp32 ``[out_local, in_local]``, added to their sum.
+            method: ``auto``, ``gram`` or ``tiles``.
+            out: where the norm is left, ``uint8 [sizeof(forge_norm)]`` on the device; None: the
+                call waits for it and returns it.
+        """
+        buffer = ffi.new("forge_const_buffer *")
+        fill_buffer(buffer, accumulator, self.device, f"{self.name}: accumulator")
+        array = segment_array(segments, self.device, self.name)
+        arguments = (array, len(segments), buffer[0], choice(NORM_METHODS, "method", method))
+        self._hold(segments)
+        if out is not None:
+            place = struct_at(out, "forge_norm", self.device, f"{self.name}: norm")
+            self._call(lib.forge_linear_norm_async, *arguments, place)
+            return None
+        norm = new_struct("forge_norm")
+        self._call(lib.forge_linear_norm, *arguments, norm)
+        return norm_of(norm)
 
     def export_weight(self, storage: Storage) -> torch.Tensor:
         """The exact weight as fp32 ``[out_local, in_local]``, master or low half included."""
@@ -318,10 +406,11 @@ class Linear:
         self._import(lib.forge_linear_import_state, storage, values, index)
 
     def _export(self, function: Any, storage: Storage, *index: int) -> torch.Tensor:
-        out = torch.empty(self.layout.out_local, self.layout.in_local, dtype=torch.float32)
-        buffer, parameter = ffi.new("forge_buffer *"), parameter_struct(storage, self.name)
-        fill_buffer(buffer, out, "fp32 values")
-        check(function(self.handle, parameter, *index, buffer[0]), self.name)
+        shape = (self.layout.out_local, self.layout.in_local)
+        out = torch.empty(shape, dtype=torch.float32, device=self.device)
+        buffer, parameter = ffi.new("forge_buffer *"), self._parameter(storage)
+        fill_buffer(buffer, out, self.device, "fp32 values")
+        self._call(function, parameter, *index, buffer[0])
         return out
 
     def _import(self, function: Any, storage: Storage, values: torch.Tensor, *index: int) -> None:
@@ -331,10 +420,11 @@ class Linear:
                 f"{self.name}: expected fp32 values of shape {shape}, got "
                 f"{values.dtype} of shape {tuple(values.shape)}"
             )
-        buffer, parameter = ffi.new("forge_const_buffer *"), parameter_struct(storage, self.name)
-        values = values.detach().contiguous()
-        fill_buffer(buffer, values, "fp32 values")
-        check(function(self.handle, parameter, *index, buffer[0]), self.name)
+        buffer, parameter = ffi.new("forge_const_buffer *"), self._parameter(storage)
+        # Checkpoints are read on the CPU, whatever the device.
+        values = values.detach().to(self.device).contiguous()
+        fill_buffer(buffer, values, self.device, "fp32 values")
+        self._call(function, parameter, *index, buffer[0])
 
     def plan(
         self, *, tokens: int, micro_batches: int, needs_norm: bool, schedule: str = "auto"

@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
 
 from ._lib import ffi, lib, new_struct
-from ._tensors import TORCH_DTYPE, fill_buffer, fill_matrix
-from ._types import ArrayLayout, Layout, Report, Scalars, Segment, Storage
+from ._tensors import TORCH_DTYPE, fill_buffer, fill_matrix, require_device
+from ._types import (
+    NORM_METHODS,
+    ArrayLayout,
+    Layout,
+    Norm,
+    Report,
+    Scalars,
+    Segment,
+    Storage,
+)
+
+T = TypeVar("T")
+_NAME_OF_NORM = {number: name for name, number in NORM_METHODS.items()}
 
 
-def parameter_struct(storage: Storage, name: str) -> Any:
-    """A ``forge_parameter`` over the tensors of a shard."""
+def parameter_struct(storage: Storage, device: torch.device, name: str) -> Any:
+    """A ``forge_parameter`` over the tensors of a shard.
+
+    Raises:
+        ValueError: a tensor is not on the device or not contiguous.
+    """
     parameter = new_struct("forge_parameter")
-    fill_buffer(parameter.weight, storage.weight, f"{name}: weight")
-    fill_buffer(parameter.weight_extra, storage.weight_extra, f"{name}: weight_extra")
+    fill_buffer(parameter.weight, storage.weight, device, f"{name}: weight")
+    fill_buffer(parameter.weight_extra, storage.weight_extra, device, f"{name}: weight_extra")
     for index, (state, scale) in enumerate(zip(storage.states, storage.scales, strict=True)):
-        fill_buffer(parameter.states[index], state, f"{name}: state {index}")
-        fill_buffer(parameter.scales[index], scale, f"{name}: scale {index}")
+        fill_buffer(parameter.states[index], state, device, f"{name}: state {index}")
+        fill_buffer(parameter.scales[index], scale, device, f"{name}: scale {index}")
     return parameter
 
 
-def step_struct(scalars: Scalars) -> Any:
-    """A ``forge_step`` that carries its scalars by value."""
+def step_struct(scalars: Scalars | torch.Tensor) -> Any:
+    """A ``forge_step`` that carries its scalars by value, or points to :func:`scalars_bytes`."""
     step = new_struct("forge_step")
-    step.scalars.step, step.scalars.seed = scalars.step, scalars.seed
-    step.scalars.grad_scale = scalars.grad_scale
-    for index, value in enumerate(scalars.hyper):
-        step.scalars.hyper[index] = value
+    if isinstance(scalars, torch.Tensor):
+        step.device_scalars = ffi.cast("forge_step_scalars *", scalars.data_ptr())
+    else:
+        _fill_scalars(step.scalars, scalars)
     return step
 
 
-def segment_array(segments: Sequence[Segment]) -> Any:
-    """A ``forge_segment[]``; never empty, so that its address is valid."""
+def scalars_bytes(scalars: Scalars) -> torch.Tensor:
+    """A ``forge_step_scalars`` as a ``uint8`` tensor on the CPU, to be copied to a device."""
+    struct = ffi.new("forge_step_scalars *")
+    _fill_scalars(struct, scalars)
+    return torch.frombuffer(bytearray(ffi.buffer(struct)), dtype=torch.uint8)
+
+
+def _fill_scalars(struct: Any, scalars: Scalars) -> None:
+    struct.step, struct.seed = scalars.step, scalars.seed
+    struct.grad_scale = scalars.grad_scale
+    for index, value in enumerate(scalars.hyper):
+        struct.hyper[index] = value
+
+
+def segment_array(segments: Sequence[Segment], device: torch.device, name: str) -> Any:
+    """A ``forge_segment[]``; never empty, so that its address is valid.
+
+    Raises:
+        ValueError: a factor is not on the device.
+    """
     array = ffi.new("forge_segment[]", max(len(segments), 1))
     for index, segment in enumerate(segments):
+        require_device(segment.dy, device, f"{name}: dY")
+        require_device(segment.x, device, f"{name}: X")
         array[index].tokens = segment.dy.shape[0]
         array[index].dy_stride = fill_matrix(array[index].dy, segment.dy)
         array[index].x_stride = fill_matrix(array[index].x, segment.x)
@@ -44,6 +82,47 @@ def segment_array(segments: Sequence[Segment]) -> Any:
 def report_of(report: Any) -> Report:
     """A ``forge_report``."""
     return Report(report.tiles, report.nonfinite_tiles, report.sum_of_squares)
+
+
+def norm_of(norm: Any) -> Norm:
+    """A ``forge_norm``."""
+    return Norm(norm.sum_of_squares, bool(norm.nonfinite), _NAME_OF_NORM[norm.method])
+
+
+class DeviceStructs:
+    """An array of C structs in the backend's memory, for results that the host does not wait for.
+
+    Args:
+        name: the struct's C type.
+        count: how many.
+        device: of the backend.
+
+    Attributes:
+        rows: ``uint8 [count, sizeof(struct)]``; a row is where a call leaves its result.
+    """
+
+    def __init__(self, name: str, count: int, device: torch.device) -> None:
+        """Allocate them, zeroed."""
+        self.name = name
+        self.rows = torch.zeros(count, ffi.sizeof(name), dtype=torch.uint8, device=device)
+
+    def read(self, convert: Callable[[Any], T]) -> list[T]:
+        """Wait for the current stream and convert all structs, after one copy to the host."""
+        host = self.rows.cpu()
+        structs = ffi.cast(f"{self.name} *", host.data_ptr())
+        return [convert(structs[index]) for index in range(host.shape[0])]
+
+
+def struct_at(row: torch.Tensor, name: str, device: torch.device, what: str) -> Any:
+    """A pointer to the struct in a row of :class:`DeviceStructs`.
+
+    Raises:
+        ValueError: another size, or not on the device.
+    """
+    require_device(row, device, what)
+    if row.nbytes != ffi.sizeof(name) or not row.is_contiguous():
+        raise ValueError(f"{what} must be {ffi.sizeof(name)} contiguous bytes, a {name}")
+    return ffi.cast(f"{name} *", row.data_ptr())
 
 
 def _array(layout: Any) -> ArrayLayout | None:

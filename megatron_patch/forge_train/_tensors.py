@@ -20,31 +20,31 @@ TORCH_DTYPE: dict[int, torch.dtype] = {
 FORGE_DTYPE: dict[torch.dtype, int] = {torch_: forge for forge, torch_ in TORCH_DTYPE.items()}
 
 
-def require_cpu(tensor: torch.Tensor, what: str) -> None:
-    """Refuse tensors the CPU backend cannot read.
+def require_device(tensor: torch.Tensor, device: torch.device, what: str) -> None:
+    """Refuse a tensor that the backend cannot read.
 
     Raises:
         ValueError: the tensor lives elsewhere.
     """
-    if tensor.device.type != "cpu":
+    if tensor.device != device:
         raise ValueError(
-            f"{what} is on {tensor.device}; this build of FORGE has the CPU backend only. "
-            "Move the model to the CPU."
+            f"{what} is on {tensor.device}, but the layer was made for {device}. Bring both to one "
+            f"device: tensor.to({str(device)!r}), or move the model before fuse()."
         )
 
 
-def fill_buffer(buffer: Any, tensor: torch.Tensor | None, what: str) -> None:
+def fill_buffer(buffer: Any, tensor: torch.Tensor | None, device: torch.device, what: str) -> None:
     """Point a ``forge_buffer`` or ``forge_const_buffer`` at a contiguous tensor (None: NULL).
 
     The caller keeps the tensor alive for the duration of the call.
 
     Raises:
-        ValueError: the tensor is not contiguous or not on the CPU.
+        ValueError: the tensor is not contiguous or not on the device.
     """
     if tensor is None:
         buffer.data, buffer.bytes = ffi.NULL, 0
         return
-    require_cpu(tensor, what)
+    require_device(tensor, device, what)
     if not tensor.is_contiguous():
         raise ValueError(
             f"{what} must be contiguous, has strides {tensor.stride()}; pass tensor.contiguous()"
@@ -66,7 +66,9 @@ def fill_matrix(buffer: Any, matrix: torch.Tensor) -> int:
     return stride if stride != cols else 0
 
 
-def as_factor(tensor: torch.Tensor, cols: int, dtype: torch.dtype, what: str) -> torch.Tensor:
+def as_factor(
+    tensor: torch.Tensor, cols: int, dtype: torch.dtype, device: torch.device, what: str
+) -> torch.Tensor:
     """View a tensor ``[..., cols]`` as a factor ``[tokens, cols]`` that the library can read.
 
     Rows may be apart (a slice of columns); the elements of a row may not, such tensors are copied.
@@ -74,7 +76,7 @@ def as_factor(tensor: torch.Tensor, cols: int, dtype: torch.dtype, what: str) ->
     Raises:
         ValueError: last dimension, dtype or device do not fit.
     """
-    require_cpu(tensor, what)
+    require_device(tensor, device, what)
     if tensor.dim() == 0 or tensor.shape[-1] != cols:
         raise ValueError(
             f"{what} has shape {tuple(tensor.shape)}, its last dimension must be {cols}"

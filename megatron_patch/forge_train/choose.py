@@ -139,7 +139,10 @@ def _why_not_fused(
             weight.dtype != want,
             f"weight_format={weight_format!r} needs {want}, it is {weight.dtype}",
         ),
-        (weight.device.type != "cpu", f"on {weight.device}, this build has the CPU backend only"),
+        (
+            weight.device.type not in ("cpu", "cuda"),
+            f"on {weight.device}, FORGE computes on CPUs and NVIDIA GPUs",
+        ),
         (not weight.is_contiguous(), "not contiguous"),
         (weight.numel() == 0, "empty"),
     )

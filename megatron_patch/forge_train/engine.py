@@ -17,6 +17,7 @@ import torch
 
 from ._types import SCHEDULES, BackwardResult, choice
 from .misuse import recomputed, reused, second_backward
+from .reports import Reports, norms_of
 from .step import StepResult, clip_coefficient
 from .weights import DenseWeight, FusedWeight, Use, Weight
 
@@ -76,6 +77,7 @@ class Engine:
         self.schedule, self.micro_batches, self.needs_norm = schedule, micro_batches, needs_norm
         self.check_finite, self.seed = check_finite, seed
         self.weights: list[Weight] = []
+        self.reports = Reports(self.weights)
         self.steps = 0
         self.skipped_steps = 0
 
@@ -85,7 +87,21 @@ class Engine:
         return [weight for weight in self.weights if isinstance(weight, FusedWeight)]
 
     def add(self, weights: Iterable[Weight]) -> None:
-        """Let steps cover these weights, too."""
+        """Let steps cover these weights, too.
+
+        Raises:
+            ValueError: the weights are on several devices; none was added.
+        """
+        weights = list(weights)
+        first: dict[torch.device, str] = {}
+        for weight in [*self.weights, *weights]:
+            first.setdefault(weight.linear.device, weight.name)
+        if len(first) > 1:
+            places = ", ".join(f"{name} on {device}" for device, name in first.items())
+            raise ValueError(
+                f"one step covers weights of one device, but {places}. Move the model to one "
+                "device before fuse(), or leave the parameters of the others out of it."
+            )
         for weight in weights:
             self.weights.append(weight)
             if isinstance(weight, FusedWeight):
@@ -151,6 +167,7 @@ class Engine:
             result = weight.linear.backward(
                 dy, x, weight.storage, mode="update",
                 need_dx=need_dx, need_dbias=need_dbias, scalars=scalars,
+                report=self.reports.row(weight),
             )  # fmt: skip
             weight.updated, weight.report = True, result.report
             weight.step, weight.version = step, weight.version + 1
@@ -189,8 +206,8 @@ class Engine:
     def sum_of_squares(self) -> tuple[float, tuple[str, ...]]:
         """``Σ dW²`` of everything pending in this process, and the names where it is not finite."""
         total, nonfinite = 0.0, []
-        for weight in self.pending():
-            norm = weight.norm()
+        pending = self.pending()
+        for weight, norm in zip(pending, norms_of(pending), strict=True):
             total += norm.sum_of_squares
             if norm.nonfinite or not math.isfinite(norm.sum_of_squares):
                 nonfinite.append(weight.name)
@@ -213,12 +230,18 @@ class Engine:
                 weight.group, step=weight.step + 1, seed=self.seed, grad_scale=coefficient
             )
             work.append((weight, scalars))
-        tiles: dict[str, int] = {}
         for weight, scalars in work:
-            count = weight.apply(scalars).nonfinite_tiles
-            if count:
-                tiles[weight.name] = count
-        return tiles
+            weight.apply(scalars, self.reports.row(weight))
+        return self._nonfinite_tiles(weight for weight, _scalars in work)
+
+    def _nonfinite_tiles(self, updated: Iterable[Weight]) -> dict[str, int]:
+        """Tiles that an update left alone, by weight, where there are any."""
+        self.reports.read()
+        return {
+            weight.name: weight.report.nonfinite_tiles
+            for weight in updated
+            if weight.report is not None and weight.report.nonfinite_tiles
+        }
 
     def finish_step(
         self,
@@ -294,11 +317,7 @@ class Engine:
         done = [weight for weight in self.fused if weight.updated]
         if not done:
             return None
-        return {
-            weight.name: weight.report.nonfinite_tiles
-            for weight in done
-            if weight.report is not None and weight.report.nonfinite_tiles
-        }
+        return self._nonfinite_tiles(done)
 
     def _end_step(self) -> None:
         self.steps += 1

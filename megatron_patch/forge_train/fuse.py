@@ -159,7 +159,7 @@ def fuse(
     updated by the same rule. Nothing changes if this raises.
 
     Args:
-        model: on the CPU, in fp32 or bf16.
+        model: in fp32 or bf16, on the CPU or on one NVIDIA GPU, where it stays.
         rule: ``SGD``, ``Adam``, ``AdamW`` or ``Lion`` with torch.optim's arguments.
         groups: param groups as torch.optim takes them, each with options that override the
             rule's; None: one group of all parameters.
@@ -177,13 +177,15 @@ def fuse(
         rest: whether the returned optimizer also steps what was not fused. With False those
             parameters are yours to step, and ``max_norm`` does not see them.
         seed: of stochastic rounding.
-        context: the backend's threads; the process' default where None.
+        context: the backend; the process' own of the model's device where None.
 
     Returns:
         A handle with ``optimizer``, a summary for ``print`` and ``remove()``.
 
     Raises:
-        ValueError: an argument is not known, excludes another one, or names nothing.
+        ForgeBackendError: the model is on a GPU that FORGE cannot use; the message says why.
+        ValueError: an argument is not known, excludes another one, or names nothing; parameters to
+            step are on several devices.
         TypeError: the model is wrapped for data parallelism, or ``rule`` is no rule.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -267,6 +269,7 @@ def _spec(
 def _weight(
     spec: LinearSpec, choice: Choice, group: dict[str, Any], context: Context | None
 ) -> Weight:
-    linear = Linear(spec, name=choice.name, context=context)
+    device = choice.parameter.device
+    linear = Linear(spec, name=choice.name, context=context, device=device)
     kind = FusedWeight if choice.module is not None else DenseWeight
     return kind(choice.name, choice.parameter, linear, group)

@@ -46,6 +46,7 @@ class Weight:
     Attributes:
         storage: weight and states.
         step: updates applied so far.
+        report: of the last update; on a GPU once ``Reports.read`` has fetched it.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Weight:
         self.storage = linear.allocate(matrix)
         self.step = 0
         self.version = 0
+        self.report: Report | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a fused module is a plain module: states belong to one weight only."""
@@ -80,12 +82,12 @@ class Weight:
     def check(self) -> None:
         """Raise if what is pending can no longer be trusted."""
 
-    def norm(self) -> Norm:
-        """``Σ dW²`` of what is pending."""
+    def norm(self, out: torch.Tensor | None = None) -> Norm | None:
+        """``Σ dW²`` of what is pending, returned or left in ``out``; see ``Linear.norm``."""
         raise NotImplementedError
 
-    def apply(self, scalars: Scalars) -> Report:
-        """Update with everything pending, which is then gone."""
+    def apply(self, scalars: Scalars, report: torch.Tensor | None = None) -> None:
+        """Update with everything pending, which is then gone; see ``Linear.update``."""
         raise NotImplementedError
 
     def clear(self) -> None:
@@ -101,7 +103,6 @@ class FusedWeight(Weight):
         accumulator: fp32 ``[out, in]``, allocated by the first step that needs it.
         accumulated: whether the accumulator holds micro-batches of this step.
         updated: whether this step's update has happened inside the backward.
-        report: of the last update.
         plan: why ``auto`` chose its schedule.
         uses: forwards whose graphs are alive.
         schedule: of this step, under ``auto``; chosen by its first backward.
@@ -122,7 +123,6 @@ class FusedWeight(Weight):
         self.accumulator: torch.Tensor | None = None
         self.accumulated = False
         self.updated = False
-        self.report: Report | None = None
         self.schedule: str | None = None
         self.plan: Plan | None = None
         self.plans: dict[int, Plan] = {}
@@ -160,7 +160,8 @@ class FusedWeight(Weight):
         self.check()
         if self.accumulator is None:
             layout = self.linear.layout
-            self.accumulator = torch.zeros(layout.out_local, layout.in_local)
+            shape = (layout.out_local, layout.in_local)
+            self.accumulator = torch.zeros(shape, device=self.linear.device)
         elif not self.accumulated:
             self.accumulator.zero_()
         self.linear.accumulate(self.segments, self.accumulator)
@@ -180,17 +181,18 @@ class FusedWeight(Weight):
                 "layer from fuse()."
             )
 
-    def norm(self) -> Norm:
+    def norm(self, out: torch.Tensor | None = None) -> Norm | None:
         """``Σ dW²`` over segments and accumulator together."""
-        return self.linear.norm(self.segments, self._accumulated())
+        return self.linear.norm(self.segments, self._accumulated(), out=out)
 
-    def apply(self, scalars: Scalars) -> Report:
+    def apply(self, scalars: Scalars, report: torch.Tensor | None = None) -> None:
         """Update over segments and accumulator together."""
-        report = self.linear.update(self.segments, self.storage, scalars, self._accumulated())
-        self.step, self.report = scalars.step, report
+        self.report = self.linear.update(
+            self.segments, self.storage, scalars, self._accumulated(), report
+        )
+        self.step = scalars.step
         self.version += 1
         self.clear()
-        return report
 
     def clear(self) -> None:
         """Drop factors; the accumulator's memory stays for the next step."""
@@ -228,16 +230,15 @@ class DenseWeight(Weight):
                 "optimizer."
             )
 
-    def norm(self) -> Norm:
+    def norm(self, out: torch.Tensor | None = None) -> Norm | None:
         """``Σ g²`` of the gradient."""
-        return self.linear.norm((), self._gradient(), "tiles")
+        return self.linear.norm((), self._gradient(), "tiles", out)
 
-    def apply(self, scalars: Scalars) -> Report:
+    def apply(self, scalars: Scalars, report: torch.Tensor | None = None) -> None:
         """Update from the gradient, which stays until ``zero_grad``, as torch's optimizers do."""
-        report = self.linear.update((), self.storage, scalars, self._gradient())
+        self.report = self.linear.update((), self.storage, scalars, self._gradient(), report)
         self.step = scalars.step
         self.version += 1
-        return report
 
     def clear(self) -> None:
         """The gradient belongs to the user's ``zero_grad``."""

@@ -56,7 +56,8 @@ def _state(trainer: Trainer, loading: bool, with_rng: bool) -> dict[str, Any]:
         "scheduler": trainer.scheduler.state_dict(),
     }
     if with_rng:
-        # One object per TP rank, apart from the rest: another TP size simply leaves them unread.
+        # One object per TP rank, apart from the rest: another TP size or
+        # device simply leaves them unread.
         tp = parallel_state.get_tensor_model_parallel_world_size()
         rank = parallel_state.get_tensor_model_parallel_rank()
         state["rng"] = ShardedObject("rng", _rng_state(), (tp,), (rank,), replica_id=0)
@@ -84,6 +85,7 @@ def save(trainer: Trainer, stream: SampleStream, folder: Path) -> None:
     state["steps_done"] = trainer.steps_done
     state["samples_consumed"] = stream.consumed
     state["tp"] = trainer.run.tp
+    state["device"] = trainer.run.device
     dist_checkpointing.save(state, str(checkpoint_files.scratch(folder, trainer.steps_done)))
     torch.distributed.barrier()
     if rank == 0:
@@ -93,16 +95,17 @@ def save(trainer: Trainer, stream: SampleStream, folder: Path) -> None:
 
 def load(trainer: Trainer, stream: SampleStream, checkpoint: Path) -> None:
     """Bring a freshly built trainer to the state that was saved; collective."""
-    saved_tp = dist_checkpointing.load_common_state_dict(str(checkpoint))["tp"]
-    same_tp = saved_tp == trainer.run.tp
+    saved = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    # A GPU's generators have another kind of state than the CPU's.
+    same_ranks = (saved["tp"], saved.get("device", "cpu")) == (trainer.run.tp, trainer.run.device)
     state = dist_checkpointing.load(
-        _state(trainer, loading=True, with_rng=same_tp), str(checkpoint)
+        _state(trainer, loading=True, with_rng=same_ranks), str(checkpoint)
     )
     trainer.module.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.steps_done = state["steps_done"]
     stream.consumed = state["samples_consumed"]
-    if same_tp:
+    if same_ranks:
         _set_rng_state(state["rng"])
     # Else the generators stay as seeded: this model has no dropout, nothing draws from them.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from forge_train.demo import checkpoint_files
 from forge_train.demo.config import (
     DEFAULT_LR,
+    DEVICES,
     MAX_WARMUP_STEPS,
     RULES,
     SCHEDULES,
@@ -42,7 +43,7 @@ examples:
 """
 
 #: What a resumed run may change. Of these only `steps` alters a step: the learning rate's decay.
-_FREE_ON_RESUME = {"tp", "sequence_parallel", "steps", "save_interval"}
+_FREE_ON_RESUME = {"device", "tp", "sequence_parallel", "steps", "save_interval"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         action="store_true",
         help="continue --name from its newest complete checkpoint, with the settings it was "
-        "started with; --steps, --tp and --save-interval may be changed",
+        "started with; --steps, --device, --tp and --save-interval may be changed",
     )
 
     forge = parser.add_argument_group("FORGE")
@@ -153,12 +154,18 @@ def _parser() -> argparse.ArgumentParser:
         f"(default: {default.save_interval})",
     )
 
-    parallel = parser.add_argument_group("parallelism")
+    parallel = parser.add_argument_group("device and parallelism")
+    parallel.add_argument(
+        "--device",
+        choices=DEVICES,
+        help="cpu; cuda: one GPU, by FORGE's CUDA backend; auto: the GPU if there is one "
+        "(default: auto)",
+    )
     parallel.add_argument(
         "--tp",
         type=int,
         metavar="RANKS",
-        help="tensor-parallel ranks, one process each (default: 2; on a machine with GPUs 1)",
+        help="tensor-parallel ranks, one process each (default: 2; on a GPU 1, and no more)",
     )
     parallel.add_argument(
         "--no-sequence-parallel",
@@ -181,6 +188,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configure(given: dict[str, object], resume: bool) -> RunConfig:
     """The run that the flags ask for; a resumed run's own settings fill in what they leave out."""
+    # A resumed run goes on where it was, unless it is told otherwise.
+    if "device" in given or not resume:
+        given["device"] = _device(given.get("device", "auto"))
+        if given["device"] == "cuda":
+            given.setdefault("tp", 1)
     run = RunConfig(**given)
     if not resume:
         if "lr" not in given:
@@ -189,8 +201,6 @@ def _configure(given: dict[str, object], resume: bool) -> RunConfig:
             run.schedule = default_schedule(run.clip_grad, run.micro_batches)
         if "warmup_steps" not in given:
             run.warmup_steps = default_warmup(run.steps)
-        if "tp" not in given and _gpu_count():
-            run.tp = 1
         return run
     saved = run.directory / "config.json"
     if not saved.is_file():
@@ -217,16 +227,25 @@ def _configure(given: dict[str, object], resume: bool) -> RunConfig:
     return run
 
 
-def _gpu_count() -> int:
+def _device(asked: object) -> str:
+    """``cpu`` or ``cuda``, for ``--device`` as it was asked for."""
+    if asked == "cpu":
+        return "cpu"
     import torch
 
-    return torch.cuda.device_count()
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise ConfigError(
+            "--device cuda: torch sees no GPU (torch.cuda.is_available() is False); check the "
+            "driver and torch's CUDA version, or use --device cpu"
+        )
+    return "cpu"
 
 
-def _check_gpus(run: RunConfig) -> None:
-    gpus = _gpu_count()
-    if gpus and run.tp > gpus:
-        raise ConfigError(f"--tp {run.tp}: this machine has {gpus} GPU(s), one is needed per rank")
+def _check_device(run: RunConfig) -> None:
+    """A run that is resumed elsewhere may find no GPU there."""
+    _device(run.device)
 
 
 def _start(run: RunConfig, resume: bool) -> None:
@@ -257,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [dataclasses.replace(run, stock=True), run] if compare else [run]
         for each in runs:
             each.check()
-        _check_gpus(run)
+        _check_device(run)
     except ConfigError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from pathlib import Path
 RULES = ("sgd", "adam", "adamw", "lion")
 WEIGHT_FORMATS = ("fp32", "bf16", "bf16+fp32", "bf16+16")
 STATE_FORMATS = ("fp32", "bf16", "q8")
+DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("auto", "immediate", "deferred", "accumulate")
 
 #: Learning rates that suit the default model, per rule. With 1e-3 Adam's run is on the edge: the
@@ -72,6 +73,7 @@ class RunConfig:
     seed: int = 1234
     save_interval: int = 50
 
+    device: str = "cpu"  # "cuda": one GPU
     tp: int = 2
     sequence_parallel: bool = True
 
@@ -134,6 +136,11 @@ class RunConfig:
         ):
             if not 0.0 <= number < float("inf"):
                 raise ConfigError(f"{flag} {number}: must be a finite number, 0 or more")
+        if self.device == "cuda" and self.tp > 1:
+            raise ConfigError(
+                f"--tp {self.tp} with --device cuda: FORGE's collectives over GPUs (NCCL) are not "
+                "there yet; use --tp 1, or --device cpu"
+            )
         for flag, value in (
             ("--heads", self.heads),
             ("--ffn", self.ffn),

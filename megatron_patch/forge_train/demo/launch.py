@@ -25,7 +25,7 @@ def launch(run: RunConfig, resume: bool) -> None:
     They are ended as well when this process is killed, see :func:`_rank_main`.
     """
     threads = max(1, _cpu_count() // run.tp)
-    _set_environment(threads)
+    _set_environment(run, threads)
     with tempfile.TemporaryDirectory(prefix="forge-ranks-") as name:
         folder = Path(name)
         ranks = multiprocessing.spawn(
@@ -62,8 +62,11 @@ def _cpu_count() -> int:
     return os.cpu_count() or 1
 
 
-def _set_environment(threads: int) -> None:
+def _set_environment(run: RunConfig, threads: int) -> None:
     """Set what the ranks inherit, unless the user has set it."""
+    if run.device == "cpu":
+        # megatron-core would otherwise use a GPU that is there, wherever the model is.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     # Idle OpenMP threads sleep instead of spinning: they would take the cores from FORGE's own
     # threads, from the other ranks and from everything else on the machine.

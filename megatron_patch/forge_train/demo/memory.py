@@ -111,7 +111,7 @@ def _standing(trainer: Trainer) -> dict[str, int]:
 
 def _profiled_step(trainer: Trainer, stream: SampleStream) -> int:
     """One step; the most that allocations exceeded releases since its start, in bytes."""
-    if torch.cuda.is_available():
+    if trainer.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         trainer.step(stream)

@@ -53,7 +53,8 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         sequence_parallel=run.sequence_parallel and run.tp > 1,
         bf16=run.bf16,
         params_dtype=dtype,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        # On a GPU, too: the same seed gives the same weights on both, and at any TP size.
+        use_cpu_initialization=True,
         attention_softmax_in_fp32=True,
         persist_layer_norm=False,
         masked_softmax_fusion=False,
@@ -80,6 +81,6 @@ def build_model(run: RunConfig) -> MegatronModule:
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     )
-    if torch.cuda.is_available():
+    if run.device == "cuda":
         model.cuda(torch.cuda.current_device())
     return Float16Module(config, model) if run.bf16 else model

@@ -82,7 +82,7 @@ def _announce(trainer: Trainer, start: Path | None) -> None:
         f"{'stock Megatron' if run.stock else 'FORGE'}: "
         f"{parameter_count(trainer) / 1e6:.1f} M parameters per rank, {parallel}, "
         f"{run.tokens_per_step} tokens per step, {run.rule}, weights {run.weight_format}, "
-        f"{torch.get_num_threads()} thread(s) per rank"
+        f"{_device_name()}, {torch.get_num_threads()} thread(s) per rank"
     )
     if trainer.fused is not None:
         print(trainer.fused.summary())
@@ -124,6 +124,10 @@ def _record(trainer: Trainer, result: StepResult, lr: float, seconds: float) -> 
     }
 
 
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def peak_memory() -> int:
     """This process's largest memory use so far, in bytes."""
     if torch.cuda.is_available():
@@ -153,7 +157,7 @@ def _summarise(
     summary = {
         "steps": run.steps,
         "parameters_per_rank": parameter_count(trainer),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": _device_name(),
         "first_loss": records[0]["loss"],
         "final_loss": sum(final) / len(final),
         "final_loss_steps": len(final),

@@ -183,11 +183,11 @@ def _mean_loss(
 
 
 def initialize_ranks(run: RunConfig, rank: int, store: torch.distributed.Store) -> None:
-    """Join the process group (NCCL where there are GPUs, else gloo) and split it over TP."""
-    gpus = torch.cuda.is_available()
-    if gpus:
+    """Join the process group (NCCL on a GPU, for Megatron itself; else gloo), split it over TP."""
+    gpu = run.device == "cuda"
+    if gpu:
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        backend="nccl" if gpus else "gloo", store=store, rank=rank, world_size=run.tp
+        backend="nccl" if gpu else "gloo", store=store, rank=rank, world_size=run.tp
     )
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=run.tp)

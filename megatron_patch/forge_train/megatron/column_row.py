@@ -94,7 +94,9 @@ class FusedLinear:
         self.weight = chosen.weight
         self.group = None if comm.size == 1 else chosen.module.tp_group
         self.fused = FusedWeight(
-            chosen.name, self.weight, Linear(spec, name=chosen.name, comm=comm)
+            chosen.name,
+            self.weight,
+            Linear(spec, name=chosen.name, comm=comm, device=self.weight.device),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:

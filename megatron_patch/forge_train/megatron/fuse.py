@@ -212,11 +212,12 @@ def fuse(
         seed: key of the stochastic rounding; the same on every rank.
         weight_rounding: ``stochastic`` or ``nearest``, for ``bf16`` weights.
         state_rounding: ``stochastic`` or ``nearest``, for ``bf16`` and ``q8`` states.
-        context: the backend; None: the process' own.
+        context: the backend; None: the process' own of the model's device.
         options: of the rule (``betas``, ``eps``, …), before ``OptimizerConfig``'s.
 
     Raises:
         ImportError: megatron-core has moved the method that is patched.
+        ForgeBackendError: the model is on a GPU that FORGE cannot use; the message says why.
         ValueError: a setting that FORGE cannot honour; nothing has changed then.
     """
     chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
@@ -235,7 +236,7 @@ def fuse(
     for item in chosen:
         if hasattr(item.module, patch.LAYER_ATTRIBUTE):
             raise ValueError(f"{item.name} is fused already.")
-    comms = Comms(context or default_context())
+    comms = Comms(context or default_context(chosen[0].weight.device if chosen else "cpu"))
     layers = []
     for item in chosen:
         spec = linear_spec(

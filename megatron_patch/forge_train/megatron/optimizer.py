@@ -104,6 +104,7 @@ class ForgeOptimizer(MegatronOptimizer):
             weight.check()
         squares, nonfinite = self.engine.sum_of_squares()
         # Updates made inside the backward are over, but their norm is still to be reported.
+        self.engine.reports.read()
         done = [x.fused.report for x in self.layers if x.fused.updated and x.fused.report]
         tiles = sum(report.nonfinite_tiles for report in done)
         if not nonfinite:
