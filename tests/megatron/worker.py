@@ -24,8 +24,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     cpu.enable()  # before the imports of Megatron below
-    import checkpoint_scenarios  # noqa: F401  (both register what they define)
+    import checkpoint_scenarios  # noqa: F401  (these register what they define)
     import gpt
+    import rounding_scenarios  # noqa: F401
     import training_scenarios  # noqa: F401
     from registry import SCENARIOS
 
