@@ -37,7 +37,7 @@ pub struct Plan {
     pub schedule: Schedule,
     /// Kept from the backward to the step.
     pub factor_bytes: u64,
-    /// Of the fp32 buffer.
+    /// Of the fp32 buffer; 0 where the step never needs it.
     pub accumulator_bytes: u64,
     /// What a stock fp32 gradient takes.
     pub gradient_bytes: u64,
@@ -88,6 +88,9 @@ impl Linear {
         };
         let (factor_bytes, accumulator_bytes) = match schedule {
             Schedule::Deferred => (saturate(all), 0),
+            // The only micro-batch is the last one, and where its factors are kept nothing is left
+            // for a buffer.
+            Schedule::Accumulate if micro_batches == 1 && last == one => (saturate(one), 0),
             Schedule::Accumulate => (saturate(last), gradient_bytes),
             _ => (0, 0),
         };

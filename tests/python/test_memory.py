@@ -71,6 +71,29 @@ def test_no_torch_tensor_of_the_size_of_a_gradient(schedule, max_norm, dtype, st
     assert largest.bytes < WIDTH * WIDTH, largest.operation
 
 
+@pytest.mark.parametrize("schedule", ["deferred", "accumulate", "auto"])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])  # 8: factors as large as the buffer
+def test_a_plan_predicts_what_a_step_holds(schedule, micro_batches, tokens):
+    fused = forge_train.fuse(
+        torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False)),
+        AdamW(lr=1e-3),
+        schedule=schedule,
+        micro_batches=micro_batches,
+        max_norm=1.0,
+    )
+    (weight,) = fused.engine.fused
+    plan = weight.linear.plan(
+        tokens=tokens, micro_batches=micro_batches, needs_norm=True, schedule=schedule
+    )
+    for _ in range(micro_batches):
+        fused.model(torch.randn(tokens, 16)).sum().backward()
+    held = fused.engine.memory()
+    # The last backward folds what came before it, so this is what the step begins with.
+    assert held["accumulators"] == plan.accumulator_bytes
+    assert held["factors"] == plan.factor_bytes
+
+
 def test_the_detector_sees_a_gradient():
     model = torch.nn.Linear(WIDTH, WIDTH)
     with LargestTensor({model.weight.untyped_storage().data_ptr()}) as largest:
