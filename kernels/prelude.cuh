@@ -14,6 +14,19 @@ static_assert(sizeof(u64) == 8 && sizeof(void*) == 8, "64-bit only");
 
 #define FORGE_DEVICE __device__ __forceinline__
 
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+// Calls f(Constant<0>), ..., f(Constant<N - 1>): a loop whose index is a template argument.
+template <int N, int I = 0, class F>
+FORGE_DEVICE void for_constants(F&& f) {
+    if constexpr (I < N) {
+        f(Constant<I>{});
+        for_constants<N, I + 1>(f);
+    }
+}
+
 // The scalars of a step in the form the tiles use; `backend::Step` on the host side.
 struct StepScalars {
     float constants[16];  // of the rule

@@ -1,0 +1,99 @@
+// Which arrays a specialisation streams beside dW, and how their tiles lie in shared memory.
+//
+// The unit of streaming is a chunk: of a warpgroup's tile, CHUNK_COLS columns of 32 rows, namely 8 of
+// every 16: those that the lanes of one accumulator register row hold (row = lane/4, or 8 more). Each
+// array's part of a chunk is one or more TMA boxes, swizzled so that the quads of a warp, which
+// read 8 rows at 4 pairs of columns, meet no bank twice.
+#pragma once
+#include "prelude.cuh"
+
+#ifndef FORGE_ACCUMULATOR
+#define FORGE_ACCUMULATOR 0
+#endif
+
+namespace forge {
+
+enum class Mode { Update = 0, Accumulate = 1, Norm = 2 };
+constexpr Mode MODE = static_cast<Mode>(FORGE_MODE);
+
+enum class WeightFormat { F32 = 0, Bf16 = 1, Bf16F32 = 2, Bf16Low16 = 3 };
+constexpr WeightFormat WEIGHT = static_cast<WeightFormat>(FORGE_WEIGHT_FORMAT);
+enum class StateFormat { F32 = 0, Bf16 = 1, Q8 = 2 };
+constexpr StateFormat STATE[3] = {static_cast<StateFormat>(FORGE_STATE0_FORMAT),
+                                  static_cast<StateFormat>(FORGE_STATE1_FORMAT),
+                                  static_cast<StateFormat>(FORGE_STATE2_FORMAT)};
+// A q8 state is signed, or non-negative and used through its square root.
+constexpr bool SIGNED[3] = {FORGE_STATE0_KIND == 0, FORGE_STATE1_KIND == 0, FORGE_STATE2_KIND == 0};
+constexpr int N_STATES = FORGE_N_STATES;
+
+enum Array { A_WEIGHT = 0, A_EXTRA = 1, A_STATE0 = 2, A_ACCUMULATOR = 5, N_ARRAYS = 6 };
+
+struct ArraySpec {
+    int bytes;  // of an element; 0: absent
+    bool loads, stores;
+};
+
+constexpr ArraySpec array_spec(int array) {
+    const bool update = MODE == Mode::Update;
+    if (array == A_WEIGHT && update)
+        return {WEIGHT == WeightFormat::F32 ? 4 : 2, WEIGHT != WeightFormat::Bf16F32, true};
+    if (array == A_EXTRA && update && WEIGHT == WeightFormat::Bf16F32) return {4, true, true};
+    if (array == A_EXTRA && update && WEIGHT == WeightFormat::Bf16Low16) return {2, true, true};
+    if (array >= A_STATE0 && array < A_STATE0 + N_STATES && update) {
+        const StateFormat format = STATE[array - A_STATE0];
+        return {format == StateFormat::F32 ? 4 : format == StateFormat::Bf16 ? 2 : 1, true, true};
+    }
+    if (array == A_ACCUMULATOR && (FORGE_ACCUMULATOR != 0 || MODE == Mode::Accumulate))
+        return {4, true, MODE == Mode::Accumulate};
+    return {0, false, false};
+}
+
+constexpr bool any_q8() {
+    bool any = false;
+    for (int i = 0; i < N_STATES; ++i) any = any || STATE[i] == StateFormat::Q8;
+    return any && MODE == Mode::Update;
+}
+
+constexpr int CHUNK_ROWS = 32, CHUNK_COLS = FORGE_CHUNK_COLS, SLOTS = FORGE_SLOTS;
+
+// Columns of a TMA box: 128 bytes, the widest that a swizzle spans, or the whole chunk.
+constexpr int box_cols(int bytes) {
+    const int widest = 128 / bytes;
+    return widest < CHUNK_COLS ? widest : CHUNK_COLS;
+}
+constexpr int box_bytes(int bytes) { return CHUNK_ROWS * box_cols(bytes) * bytes; }
+constexpr int array_bytes(int array) { return CHUNK_ROWS * CHUNK_COLS * array_spec(array).bytes; }
+// Of an array's part within a slot.
+constexpr int array_offset(int array) {
+    int offset = 0;
+    for (int i = 0; i < array; ++i) offset += array_bytes(i);
+    return offset;
+}
+constexpr int SLOT_BYTES = array_offset(N_ARRAYS);
+constexpr int loaded_bytes() {
+    int bytes = 0;
+    for (int i = 0; i < N_ARRAYS; ++i) bytes += array_spec(i).loads ? array_bytes(i) : 0;
+    return bytes;
+}
+constexpr int SLOT_LOAD_BYTES = loaded_bytes();
+constexpr bool STREAMS = SLOT_BYTES > 0;
+
+// Where in an array's part of a slot the pair of columns (8·j + 2·q, + 1) of a lane's row lies.
+// `warp` 0..3 and `row` 0..7 say which of the chunk's rows, `q` is the lane in its quad.
+template <int BYTES>
+FORGE_DEVICE u32 pair_offset(int j, u32 warp, u32 row, u32 q) {
+    constexpr int COLS = box_cols(BYTES), PER_BOX = COLS / 8;
+    constexpr u32 ROW_BYTES = COLS * BYTES;
+    const u32 box = static_cast<u32>(j / PER_BOX) * box_bytes(BYTES);
+    const int in_box = j % PER_BOX;
+    // Four-byte arrays have rows 0 4 1 5 2 6 3 7 (see `load_chunk`): a pair is half a swizzled unit
+    // then, and rows that meet in one access would else share banks.
+    const u32 line = warp * 8 + (BYTES == 4 ? (row >> 2) + 2 * (row & 3) : row);
+    const u32 byte = BYTES == 4 ? in_box * 32 + q * 8 : (in_box * 8 + q * 2) * BYTES;
+    const u32 linear = line * ROW_BYTES + byte;
+    // TMA's swizzle: 16-byte units (bits 4..) XOR the 128-byte line's number (bits 7..).
+    constexpr u32 MASK = ROW_BYTES == 128 ? 7 : ROW_BYTES == 64 ? 3 : ROW_BYTES == 32 ? 1 : 0;
+    return box + (linear ^ (((linear >> 7) & MASK) << 4));
+}
+
+}  // namespace forge

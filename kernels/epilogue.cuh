@@ -1,0 +1,343 @@
+// What happens to a warpgroup's tile of dW in registers: the non-finite guard, the sum of squares, and the
+// rule over its weights and states, which stream through shared memory chunk by chunk.
+#pragma once
+#include "arrays.cuh"
+#include "philox.cuh"
+
+namespace forge {
+
+// --- conversions of a pair of neighbouring elements ---
+
+FORGE_DEVICE float2 widen_bf16x2(u32 pair) {
+    return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xFFFF0000u));
+}
+FORGE_DEVICE u32 narrow_bf16x2(float x, float y) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+// Adds 16 random bits below each bf16 and cuts. `mask` of 0 only cuts: see `rounding_mask`.
+FORGE_DEVICE u32 narrow_bf16x2_stochastic(float x, float y, u32 draws, u32 mask) {
+    const u32 a = float_to_bits(x) + (draws & 0xFFFFu & mask);
+    const u32 b = float_to_bits(y) + ((draws >> 16) & mask);
+    return __byte_perm(a, b, 0x7632);
+}
+// Adding bits must not turn the largest finite numbers into infinities, nor a NaN into a zero. Eight
+// values at a time: all bits set, or none where one of them is that large or not finite. `sum`: of the
+// values times HEADROOM, so that it overflows.
+constexpr float HEADROOM = 1.01f;
+FORGE_DEVICE u32 rounding_mask(float sum) { return fabsf(sum) <= 3.4e38f ? 0xFFFFFFFFu : 0u; }
+
+FORGE_DEVICE float2 load_f32x2(const u8* p) { return *reinterpret_cast<const float2*>(p); }
+FORGE_DEVICE u32 load_u32(const u8* p) { return *reinterpret_cast<const u32*>(p); }
+FORGE_DEVICE void store_f32x2(u8* p, float x, float y) {
+    *reinterpret_cast<float2*>(p) = make_float2(x, y);
+}
+FORGE_DEVICE void store_u32(u8* p, u32 v) { *reinterpret_cast<u32*>(p) = v; }
+
+// Upper and lower halves to the fp32 they were split from: format::bf16::join.
+FORGE_DEVICE float join_halves(u32 upper_lower) {
+    return bits_to_float(upper_lower - ((upper_lower & 0x8000u) << 1));
+}
+
+// --- q8: src/format/q8.rs ---
+
+// 2^23: a byte put below it is exactly a float.
+constexpr u32 BYTE_MAGIC = 0x4B000000u;
+constexpr float BYTE_ZERO = 8388608.0f;
+// 1.5 · 2^23: adding it rounds to an integer in the low bits, negative ones too.
+constexpr float ROUND_MAGIC = 12582912.0f;
+constexpr float SMALLEST_NORMAL = 1.1754944e-38f, LARGEST = 3.4028235e38f;
+
+struct Q8Row {
+    float decode;   // scale of the stored codes, over the levels
+    float largest;  // of the new values: |m|, or sqrt(v)
+};
+
+template <bool SIGNED_CODE>
+FORGE_DEVICE float q8_decode(u32 byte_as_float, float decode) {
+    if constexpr (SIGNED_CODE) {
+        const float level = bits_to_float(byte_as_float) - (BYTE_ZERO + 128.0f);
+        return __fmul_rn(__fmul_rn(level, fabsf(level)), decode);
+    } else {
+        const float root = __fmul_rn(bits_to_float(byte_as_float) - BYTE_ZERO, decode);
+        return __fmul_rn(root, root);
+    }
+}
+
+// From a scale to what one squared (signed) or one level (root) is worth.
+template <bool SIGNED_CODE>
+FORGE_DEVICE float q8_decode_factor(float scale) {
+    return scale * (SIGNED_CODE ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f);
+}
+
+// `value`: m itself, or sqrt(v).
+template <bool SIGNED_CODE>
+FORGE_DEVICE u32 q8_encode(float value, float factor) {
+    if constexpr (SIGNED_CODE) {
+        const float signed_factor = copysignf(factor, value);
+        return float_to_bits(
+            __fmaf_rn(fast_sqrt(fabsf(value)), signed_factor, ROUND_MAGIC + 128.0f));
+    } else {
+        float position = __fmul_rn(value, factor);
+        // Nearest, but a non-zero v never gets code 0: it divides.
+        if (value > 0.0f) position = fmaxf(position, 1.0f);
+        return float_to_bits(__fadd_rn(position, ROUND_MAGIC));
+    }
+}
+
+template <bool SIGNED_CODE>
+FORGE_DEVICE float q8_encode_factor(float scale) {
+    // Below the normal range the reciprocal overflows; such blocks are stored as zeros.
+    if (scale < SMALLEST_NORMAL) return 0.0f;
+    return SIGNED_CODE ? __fmul_rn(127.0f, fast_reciprocal(fast_sqrt(scale)))
+                       : __fmul_rn(255.0f, fast_reciprocal(scale));
+}
+
+FORGE_DEVICE float quad_maximum(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+
+// --- the tile ---
+
+// A lane's place in the tile and what it needs of the launch.
+struct Lane {
+    u32 warp;           // 0..3 in the warpgroup
+    u32 row;            // lane/4: of 8
+    u32 q;              // lane%4: which pair of 8 columns
+    u64 first_index;    // global index of the tile's row `row` of warp's 16, column 0
+    u64 global_cols;    // stride of the global index
+    u32 cols_left;      // columns of W from the tile's first on
+};
+
+// Σ (scale · dW)² over a lane's part of the tile. Not finite if an element is not, or if squares overflow;
+// with SQUARE_SCALE they cannot.
+constexpr float SQUARE_SCALE = 8.4703295e-22f;  // 2^-70
+template <int REGISTERS>
+FORGE_DEVICE float sum_of_squares(const float (&acc)[2][REGISTERS], float scale = 1.0f) {
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < REGISTERS; ++i) {
+            const float x = acc[half][i] * scale;
+            sums[i % 4] = __fmaf_rn(x, x, sums[i % 4]);
+        }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The rule over one chunk: rows `row` or `row + 8` of each warp's 16 in m64 half HALF, columns from
+// COL on. Reads dW from `acc`, the arrays from `slot`, and writes the arrays back to `slot`.
+template <int REGISTERS>
+struct ChunkUpdate {
+    float (&acc)[2][REGISTERS];
+    const StepScalars& step;
+    const Lane& lane;
+
+    template <int BYTES>
+    FORGE_DEVICE u32 offset(int j) const {
+        return pair_offset<BYTES>(j, lane.warp, lane.row, lane.q);
+    }
+
+    FORGE_DEVICE float2 load_weight(const u8* slot, int j) const {
+        if constexpr (WEIGHT == WeightFormat::F32) {
+            return load_f32x2(slot + array_offset(A_WEIGHT) + offset<4>(j));
+        } else if constexpr (WEIGHT == WeightFormat::Bf16) {
+            return widen_bf16x2(load_u32(slot + array_offset(A_WEIGHT) + offset<2>(j)));
+        } else if constexpr (WEIGHT == WeightFormat::Bf16F32) {
+            return load_f32x2(slot + array_offset(A_EXTRA) + offset<4>(j));
+        } else {
+            const u32 upper = load_u32(slot + array_offset(A_WEIGHT) + offset<2>(j));
+            const u32 lower = load_u32(slot + array_offset(A_EXTRA) + offset<2>(j));
+            return make_float2(join_halves(__byte_perm(lower, upper, 0x5410)),
+                               join_halves(__byte_perm(lower, upper, 0x7632)));
+        }
+    }
+
+    FORGE_DEVICE void store_weight(u8* slot, int j, float2 w, u32 draws, u32 mask) const {
+        if constexpr (WEIGHT == WeightFormat::F32) {
+            store_f32x2(slot + array_offset(A_WEIGHT) + offset<4>(j), w.x, w.y);
+        } else if constexpr (WEIGHT == WeightFormat::Bf16) {
+            const u32 pair = FORGE_WEIGHT_STOCHASTIC
+                                 ? narrow_bf16x2_stochastic(w.x, w.y, draws, mask)
+                                 : narrow_bf16x2(w.x, w.y);
+            store_u32(slot + array_offset(A_WEIGHT) + offset<2>(j), pair);
+        } else if constexpr (WEIGHT == WeightFormat::Bf16F32) {
+            store_f32x2(slot + array_offset(A_EXTRA) + offset<4>(j), w.x, w.y);
+            store_u32(slot + array_offset(A_WEIGHT) + offset<2>(j), narrow_bf16x2(w.x, w.y));
+        } else {
+            const u32 x = float_to_bits(w.x), y = float_to_bits(w.y);
+            store_u32(slot + array_offset(A_EXTRA) + offset<2>(j), __byte_perm(x, y, 0x5410));
+            store_u32(slot + array_offset(A_WEIGHT) + offset<2>(j),
+                      __byte_perm(x + 0x8000u, y + 0x8000u, 0x7632));
+        }
+    }
+
+    template <int S>
+    FORGE_DEVICE float2 load_state(const u8* slot, int j, float decode) const {
+        const u8* part = slot + array_offset(A_STATE0 + S);
+        if constexpr (STATE[S] == StateFormat::F32) {
+            return load_f32x2(part + offset<4>(j));
+        } else if constexpr (STATE[S] == StateFormat::Bf16) {
+            return widen_bf16x2(load_u32(part + offset<2>(j)));
+        } else {
+            const u32 codes = *reinterpret_cast<const u16*>(part + offset<1>(j));
+            return make_float2(q8_decode<SIGNED[S]>(__byte_perm(codes, BYTE_MAGIC, 0x7440), decode),
+                               q8_decode<SIGNED[S]>(__byte_perm(codes, BYTE_MAGIC, 0x7441), decode));
+        }
+    }
+
+    template <int S>
+    FORGE_DEVICE void store_state(u8* slot, int j, float x, float y, u32 draws, u32 mask) const {
+        u8* part = slot + array_offset(A_STATE0 + S);
+        if constexpr (STATE[S] == StateFormat::F32) {
+            store_f32x2(part + offset<4>(j), x, y);
+        } else if constexpr (STATE[S] == StateFormat::Bf16) {
+            store_u32(part + offset<2>(j), FORGE_STATE_STOCHASTIC
+                                               ? narrow_bf16x2_stochastic(x, y, draws, mask)
+                                               : narrow_bf16x2(x, y));
+        }
+    }
+
+    // The draws of columns 32·block .. + 31 of this lane's row: word j for the pair (8·j + 2·q, + 1).
+    FORGE_DEVICE Draws draws(Stream stream, u64 row_index, int col) const {
+#if FORGE_DRAWS_ALIGNED
+        return draw_call(step, stream, (row_index + col) / 32, lane.q);
+#else
+        Draws d;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const u64 index = row_index + col + 8 * j + 2 * lane.q;
+            d.word[j] = draw_one(step, stream, index) | (draw_one(step, stream, index + 1) << 16);
+        }
+        return d;
+#endif
+    }
+
+    template <int HALF, int ROW8, int COL>
+    FORGE_DEVICE void run(u8* slot, float* const (&scales)[3], const float (&old_scales)[3]) {
+        constexpr int PAIRS = CHUNK_COLS / 8;
+        const u64 row_index = lane.first_index + static_cast<u64>(HALF * 64 + ROW8 * 8) * lane.global_cols;
+        Q8Row q8[3];
+        // q8 states wait here until their block's maximum is known.
+        constexpr int KEPT = any_q8() ? CHUNK_COLS / 4 : 1;
+        float kept[3][KEPT];
+#pragma unroll
+        for (int s = 0; s < N_STATES; ++s) {
+            q8[s].decode = SIGNED[s] ? q8_decode_factor<true>(old_scales[s])
+                                     : q8_decode_factor<false>(old_scales[s]);
+            q8[s].largest = 0.0f;
+        }
+#pragma unroll
+        for (int group = 0; group < PAIRS / 4; ++group) {
+            Draws weight_draws{}, state_draws[3]{};
+            if constexpr (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
+                weight_draws = draws(Stream::Weight, row_index, COL + 32 * group);
+            if constexpr (FORGE_STATE_STOCHASTIC) {
+                if constexpr (N_STATES > 0 && STATE[0] == StateFormat::Bf16)
+                    state_draws[0] = draws(Stream::State0, row_index, COL + 32 * group);
+                if constexpr (N_STATES > 1 && STATE[1] == StateFormat::Bf16)
+                    state_draws[1] = draws(Stream::State1, row_index, COL + 32 * group);
+                if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Bf16)
+                    state_draws[2] = draws(Stream::State2, row_index, COL + 32 * group);
+            }
+            float2 w[4], s[3][4];
+            float headroom = 0.0f, state_headroom[3] = {0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+                const int j = 4 * group + p;
+                const int at = 4 * (COL / 8 + j) + 2 * ROW8;
+                w[p] = load_weight(slot, j);
+                if constexpr (N_STATES > 0) s[0][p] = load_state<0>(slot, j, q8[0].decode);
+                if constexpr (N_STATES > 1) s[1][p] = load_state<1>(slot, j, q8[1].decode);
+                if constexpr (N_STATES > 2) s[2][p] = load_state<2>(slot, j, q8[2].decode);
+                float2 g = make_float2(acc[HALF][at], acc[HALF][at + 1]);
+#if FORGE_ACCUMULATOR
+                const float2 before = load_f32x2(slot + array_offset(A_ACCUMULATOR) + offset<4>(j));
+                g = make_float2(g.x + before.x, g.y + before.y);
+#endif
+                float sx[3], sy[3];
+#pragma unroll
+                for (int i = 0; i < N_STATES; ++i) {
+                    sx[i] = s[i][p].x;
+                    sy[i] = s[i][p].y;
+                }
+                FORGE_RULE::update(step.constants, __fmul_rn(g.x, step.grad_scale), w[p].x, sx);
+                FORGE_RULE::update(step.constants, __fmul_rn(g.y, step.grad_scale), w[p].y, sy);
+#pragma unroll
+                for (int i = 0; i < N_STATES; ++i) {
+                    s[i][p] = make_float2(sx[i], sy[i]);
+                    if (FORGE_STATE_STOCHASTIC && STATE[i] == StateFormat::Bf16)
+                        state_headroom[i] = fmaf(sy[i], HEADROOM, fmaf(sx[i], HEADROOM, state_headroom[i]));
+                    if (STATE[i] == StateFormat::Q8) {
+                        const float2 v = SIGNED[i] ? s[i][p]
+                                                   : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
+                        q8[i].largest = fmaxf(q8[i].largest, fmaxf(fabsf(v.x), fabsf(v.y)));
+                        kept[i][2 * j] = v.x;
+                        kept[i][2 * j + 1] = v.y;
+                    }
+                }
+                if (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
+                    headroom = fmaf(w[p].y, HEADROOM, fmaf(w[p].x, HEADROOM, headroom));
+            }
+            const u32 mask = rounding_mask(headroom);
+            u32 state_mask[3];
+#pragma unroll
+            for (int i = 0; i < 3; ++i) state_mask[i] = rounding_mask(state_headroom[i]);
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+                const int j = 4 * group + p;
+                store_weight(slot, j, w[p], weight_draws.word[p], mask);
+                if constexpr (N_STATES > 0)
+                    store_state<0>(slot, j, s[0][p].x, s[0][p].y, state_draws[0].word[p], state_mask[0]);
+                if constexpr (N_STATES > 1)
+                    store_state<1>(slot, j, s[1][p].x, s[1][p].y, state_draws[1].word[p], state_mask[1]);
+                if constexpr (N_STATES > 2)
+                    store_state<2>(slot, j, s[2][p].x, s[2][p].y, state_draws[2].word[p], state_mask[2]);
+            }
+        }
+        if constexpr (any_q8()) {
+            if constexpr (N_STATES > 0 && STATE[0] == StateFormat::Q8)
+                encode<0, KEPT>(slot, kept[0], q8[0].largest, scales[0]);
+            if constexpr (N_STATES > 1 && STATE[1] == StateFormat::Q8)
+                encode<1, KEPT>(slot, kept[1], q8[1].largest, scales[1]);
+            if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Q8)
+                encode<2, KEPT>(slot, kept[2], q8[2].largest, scales[2]);
+        }
+    }
+
+    // A quad's row of 128 columns is one block. `scale`: where its scale lives, null outside W.
+    template <int S, int KEPT>
+    FORGE_DEVICE void encode(u8* slot, float (&values)[KEPT], float largest, float* scale) const {
+        static_assert(CHUNK_COLS == 128, "a chunk holds whole q8 blocks");
+        constexpr bool CODE = SIGNED[S];
+        if (lane.cols_left < 128) {
+            // Columns outside W must not count: their codes were read as zeros, which is no number.
+            largest = 0.0f;
+#pragma unroll
+            for (int i = 0; i < KEPT; ++i) {
+                if (8 * (i / 2) + 2 * lane.q + i % 2 < lane.cols_left)
+                    largest = fmaxf(largest, fabsf(values[i]));
+            }
+        }
+        largest = quad_maximum(largest);
+        if (!(largest <= LARGEST)) {
+            // An overflowed second moment counts as the largest number: 0 · ∞ would be NaN.
+            largest = CODE ? LARGEST : fast_sqrt(LARGEST);
+#pragma unroll
+            for (int i = 0; i < KEPT; ++i) values[i] = fminf(fmaxf(values[i], -largest), largest);
+        }
+        const float factor = q8_encode_factor<CODE>(largest);
+        u8* part = slot + array_offset(A_STATE0 + S);
+#pragma unroll
+        for (int j = 0; j < KEPT / 2; ++j) {
+            const u32 x = q8_encode<CODE>(values[2 * j], factor);
+            const u32 y = q8_encode<CODE>(values[2 * j + 1], factor);
+            *reinterpret_cast<u16*>(part + offset<1>(j)) = static_cast<u16>(__byte_perm(x, y, 0x0040));
+        }
+        if (lane.q == 0 && scale != nullptr) *scale = largest < SMALLEST_NORMAL ? 0.0f : largest;
+    }
+};
+
+}  // namespace forge

@@ -1,0 +1,134 @@
+// The PTX instructions of sm_90 that CUDA C++ has no name for: barriers in shared memory, the tensor
+// memory accelerator (TMA), register re-allocation. PTX ISA 8.x, the sections named beside each.
+#pragma once
+#include "prelude.cuh"
+
+namespace forge {
+
+// Opaque to us; cuTensorMapEncodeTiled fills it on the host.
+struct alignas(64) TensorMap {
+    u8 opaque[128];
+};
+
+FORGE_DEVICE u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// --- mbarrier (9.7.13.15). Without `.release.cluster`: that spelling costs a GPU-wide fence. ---
+
+FORGE_DEVICE void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+// Makes initialised barriers visible to the TMA unit.
+FORGE_DEVICE void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+FORGE_DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+FORGE_DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+FORGE_DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra ready;\n"
+        "bra again;\n"
+        "ready:\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// --- named barriers (9.7.13.1): ids 1.. ; 0 is __syncthreads ---
+
+FORGE_DEVICE void named_barrier_sync(u32 id, u32 threads) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+FORGE_DEVICE void named_barrier_arrive(u32 id, u32 threads) {
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Whether the predicate holds in any of the threads.
+FORGE_DEVICE bool named_barrier_any(u32 id, u32 threads, bool predicate) {
+    u32 any;
+    asm volatile(
+        "{\n"
+        ".reg .pred in, out;\n"
+        "setp.ne.u32 in, %3, 0;\n"
+        "barrier.cta.red.or.pred.aligned out, %1, %2, in;\n"
+        "selp.u32 %0, 1, 0, out;\n"
+        "}"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"(static_cast<u32>(predicate))
+        : "memory");
+    return any != 0;
+}
+
+// --- TMA (9.7.9.27) ---
+
+FORGE_DEVICE void tensor_map_prefetch(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+FORGE_DEVICE void tma_load_2d(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4}], [%2];" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+        : "memory");
+}
+FORGE_DEVICE void tma_load_3d(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+FORGE_DEVICE void tma_load_4d(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2,
+                              i32 c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+FORGE_DEVICE void tma_store_3d(const TensorMap* map, u32 source, i32 c0, i32 c1, i32 c2) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+                     map),
+                 "r"(source), "r"(c0), "r"(c1), "r"(c2)
+                 : "memory");
+}
+FORGE_DEVICE void tma_store_4d(const TensorMap* map, u32 source, i32 c0, i32 c1, i32 c2, i32 c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+        "r"(source), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+FORGE_DEVICE void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the sources of all but the last N groups may be overwritten.
+template <int N>
+FORGE_DEVICE void tma_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+// Until all stores are done.
+FORGE_DEVICE void tma_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Orders a thread's writes to shared memory before later reads of them by TMA.
+FORGE_DEVICE void fence_shared_for_tma() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// --- registers per warp (9.7.19.5) ---
+
+template <u32 N>
+FORGE_DEVICE void registers_raise() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <u32 N>
+FORGE_DEVICE void registers_lower() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+}  // namespace forge

@@ -1,0 +1,395 @@
+// dW = dYᵀ·X on Hopper, consumed where it is produced: the update, an addition to a buffer, or its
+// norm, of each tile in the registers of the warpgroup that multiplied it.
+//
+// Persistent, ping-pong: of two consumer warpgroups one multiplies its tile while the other applies the
+// rule to its own, so that tensor cores and memory work at the same time. A producer warpgroup
+// feeds them: one warp loads factors (dY, X: tokens × features), and one warp for each consumer streams
+// the arrays of its tile through a ring of slots: load, (rule, in place), store, reload.
+//
+// Deterministic: each element of dW sums its tokens in order in one accumulator, and no result depends on
+// which block or warpgroup computed a tile.
+#include "arrays.cuh"
+#include "epilogue.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace forge {
+
+constexpr int TILE_ROWS = 128, TILE_COLS = FORGE_TILE_COLS, TILE_TOKENS = 64;
+constexpr int STAGES = FORGE_STAGES;
+constexpr int CONSUMERS = 2;
+constexpr int THREADS = 128 * (CONSUMERS + 1);
+
+// One TMA box of a factor: 64 tokens × 64 features, 128-byte swizzle.
+constexpr u32 ATOM_BYTES = 64 * 128;
+constexpr u32 STAGE_A = TILE_ROWS / 64 * ATOM_BYTES;
+constexpr u32 STAGE_BYTES = STAGE_A + TILE_COLS / 64 * ATOM_BYTES;
+
+constexpr int COL_CHUNKS = TILE_COLS / CHUNK_COLS;
+constexpr int CHUNKS = 4 * COL_CHUNKS;
+
+// Dynamic shared memory, from a 1024-byte boundary: stages, slots of both rings, barriers.
+constexpr u32 SLOTS_AT = STAGES * STAGE_BYTES;
+constexpr u32 BARRIERS_AT = SLOTS_AT + CONSUMERS * SLOTS * SLOT_BYTES;
+constexpr int N_BARRIERS = 2 * STAGES + 2 * CONSUMERS * SLOTS;
+constexpr u32 SHARED_BYTES = BARRIERS_AT + 8 * N_BARRIERS;
+
+struct Params {
+    // Of each streamed array two: its rows 0..7 and its rows 8..15 of every 16. backend::cuda::sm90
+    // makes them.
+    TensorMap arrays[N_ARRAYS][2];
+    TensorMap dy[FORGE_MAX_SEGMENTS];
+    TensorMap x[FORGE_MAX_SEGMENTS];
+    u32 token_blocks[FORGE_MAX_SEGMENTS];  // of TILE_TOKENS
+    u32 n_segments;
+    u32 rows, cols;    // of W
+    u32 tiles_m, tiles_n;
+    u32 group_m;       // rows of tiles that are walked together, for reuse in the L2
+    u64 first_index;   // global index of W's first element here
+    u64 global_cols;   // stride of the global index
+    StepSource step;
+    float* scales[3];  // of q8 states: [ceil(cols/128)][rows]
+    TilePartial* partials;  // of each tile, or null
+};
+
+struct TileIndex {
+    u32 m, n;
+};
+
+// Tiles in groups of `group_m` rows of tiles, down the rows first.
+FORGE_DEVICE TileIndex tile_at(const Params& p, u32 index) {
+    const u32 per_group = p.group_m * p.tiles_n;
+    const u32 group = index / per_group, within = index % per_group;
+    const u32 first = group * p.group_m;
+    const u32 height = min(p.group_m, p.tiles_m - first);
+    return {first + within % height, within / height};
+}
+
+// A place in a ring of N: index and the parity of its current round.
+template <int N>
+struct Ring {
+    u32 index = 0, parity = 0;
+    FORGE_DEVICE void advance() {
+        if (++index == N) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+    FORGE_DEVICE void advance(u32 by) {
+        const u32 to = index + by;
+        parity ^= (to / N) & 1;
+        index = to % N;
+    }
+};
+
+FORGE_DEVICE void load_factors(const Params& p, u8* shared, u32 full, u32 empty) {
+    const u32 tiles = p.tiles_m * p.tiles_n;
+    Ring<STAGES> stage;
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        const TileIndex tile = tile_at(p, t);
+        const i32 row = tile.m * TILE_ROWS, col = tile.n * TILE_COLS;
+        for (u32 segment = 0; segment < p.n_segments; ++segment) {
+            const TensorMap* dy = &p.dy[segment];
+            const TensorMap* x = &p.x[segment];
+            const u32 blocks = p.token_blocks[segment];
+            for (u32 block = 0; block < blocks; ++block) {
+                barrier_wait(empty + 8 * stage.index, stage.parity ^ 1);
+                const u32 barrier = full + 8 * stage.index;
+                barrier_arrive_expect(barrier, STAGE_BYTES);
+                const u32 target = shared_address(shared) + stage.index * STAGE_BYTES;
+                const i32 token = block * TILE_TOKENS;
+#pragma unroll
+                for (int i = 0; i < TILE_ROWS / 64; ++i)
+                    tma_load_2d(target + i * ATOM_BYTES, dy, barrier, row + 64 * i, token);
+#pragma unroll
+                for (int i = 0; i < TILE_COLS / 64; ++i)
+                    tma_load_2d(target + STAGE_A + i * ATOM_BYTES, x, barrier, col + 64 * i, token);
+                stage.advance();
+            }
+        }
+    }
+}
+
+// The part of chunk `chunk` of the tile at (row, col) that array ARRAY has. Coordinates: a map holds
+// every second 8 rows, as groups of 8 (two-byte and one-byte arrays) or of 2 × 4 rows, the two 4 apart,
+// which interleaves them in shared memory (four-byte arrays; see pair_offset).
+template <int ARRAY, bool LOAD>
+FORGE_DEVICE void move_chunk(const Params& p, u32 slot, u32 barrier, u32 row, u32 col, u32 chunk) {
+    constexpr ArraySpec SPEC = array_spec(ARRAY);
+    if constexpr (LOAD ? SPEC.loads : SPEC.stores) {
+        constexpr int COLS = box_cols(SPEC.bytes);
+        // Order of chunks: m64 half, 8-row half, columns.
+        const u32 half = chunk / (2 * COL_CHUNKS), row8 = chunk / COL_CHUNKS % 2;
+        const i32 group = row / 16 + half * 4;
+        const TensorMap* map = &p.arrays[ARRAY][row8];
+#pragma unroll
+        for (int i = 0; i < CHUNK_COLS / COLS; ++i) {
+            const i32 c = col + chunk % COL_CHUNKS * CHUNK_COLS + i * COLS;
+            const u32 at = slot + array_offset(ARRAY) + i * box_bytes(SPEC.bytes);
+            if constexpr (SPEC.bytes == 4) {
+                if constexpr (LOAD) tma_load_4d(at, map, barrier, c, 0, 0, group);
+                else tma_store_4d(map, at, c, 0, 0, group);
+            } else {
+                if constexpr (LOAD) tma_load_3d(at, map, barrier, c, 0, group);
+                else tma_store_3d(map, at, c, 0, group);
+            }
+        }
+    }
+}
+
+template <bool LOAD>
+FORGE_DEVICE void move_arrays(const Params& p, u32 slot, u32 barrier, u32 row, u32 col, u32 chunk) {
+    if (LOAD) barrier_arrive_expect(barrier, SLOT_LOAD_BYTES);
+    move_chunk<0, LOAD>(p, slot, barrier, row, col, chunk);
+    move_chunk<1, LOAD>(p, slot, barrier, row, col, chunk);
+    move_chunk<2, LOAD>(p, slot, barrier, row, col, chunk);
+    move_chunk<3, LOAD>(p, slot, barrier, row, col, chunk);
+    move_chunk<4, LOAD>(p, slot, barrier, row, col, chunk);
+    move_chunk<5, LOAD>(p, slot, barrier, row, col, chunk);
+}
+
+constexpr bool any_store() {
+    bool any = false;
+    for (int i = 0; i < N_ARRAYS; ++i) any = any || array_spec(i).stores;
+    return any;
+}
+
+// Streams the arrays of one consumer's tiles. `full` and `done`: barriers of its ring.
+FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 full, u32 done) {
+    const u32 tiles = p.tiles_m * p.tiles_n, stride = CONSUMERS * gridDim.x;
+    const u32 first = blockIdx.x + consumer * gridDim.x;
+    if (first >= tiles) return;
+    // Loads run SLOTS chunks ahead of stores, over the seams between tiles.
+    u32 load_tile = first, load_chunk = 0, store_tile = first, store_chunk = 0;
+    Ring<SLOTS> ring;
+#pragma unroll 1
+    for (u32 ahead = 0; store_tile < tiles; ring.advance()) {
+        const u32 slot = slots + ring.index * SLOT_BYTES;
+        if (ahead < SLOTS) {
+            ++ahead;
+        } else {
+            // `ring` is a round further on than the chunk that lies in the slot.
+            barrier_wait(done + 8 * ring.index, ring.parity ^ 1);
+            if constexpr (any_store()) {
+                const TileIndex tile = tile_at(p, store_tile);
+                move_arrays<false>(p, slot, 0, tile.m * TILE_ROWS, tile.n * TILE_COLS, store_chunk);
+                tma_commit();
+                tma_wait_read<0>();
+            }
+            if (++store_chunk == CHUNKS) {
+                store_chunk = 0;
+                store_tile += stride;
+            }
+        }
+        if (load_tile < tiles) {
+            const TileIndex tile = tile_at(p, load_tile);
+            move_arrays<true>(p, slot, full + 8 * ring.index, tile.m * TILE_ROWS, tile.n * TILE_COLS,
+                              load_chunk);
+            if (++load_chunk == CHUNKS) {
+                load_chunk = 0;
+                load_tile += stride;
+            }
+        }
+    }
+    tma_wait_all();
+}
+
+template <int REGISTERS>
+FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 stages, u32 full, u32 empty,
+                           Ring<STAGES>& stage, bool releases) {
+    // From +0, also where there are no tokens.
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < REGISTERS; ++i) {
+            acc[half][i] = 0.0f;
+            wgmma_pin(acc[half][i]);
+        }
+    Ring<STAGES> previous = stage;
+    for (u32 block = 0; block < token_blocks; ++block) {
+        barrier_wait(full + 8 * stage.index, stage.parity);
+        const u64 a = wgmma_descriptor(stages + stage.index * STAGE_BYTES);
+        const u64 b = wgmma_descriptor(stages + stage.index * STAGE_BYTES + STAGE_A);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < TILE_TOKENS / 16; ++k) {
+            // 16 tokens further: 2048 bytes; 64 rows of dW further: an atom. In units of 16 bytes.
+            wgmma<TILE_COLS>(acc[0], a + 128 * k, b + 128 * k);
+            wgmma<TILE_COLS>(acc[1], a + 128 * k + ATOM_BYTES / 16, b + 128 * k);
+        }
+        wgmma_commit();
+        // All but the products just issued are done: their stage may be loaded again.
+        wgmma_wait<1>();
+        if (block > 0) {
+            if (releases) barrier_arrive(empty + 8 * previous.index);
+        }
+        previous = stage;
+        stage.advance();
+    }
+}
+
+// What becomes of the tile's registers, chunk by chunk.
+template <int REGISTERS>
+FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex tile, u32 consumer,
+                          u8* slots, u32 full, u32 done, Ring<SLOTS>& ring, const Lane& lane) {
+    const u32 tile_row = tile.m * TILE_ROWS, tile_col = tile.n * TILE_COLS;
+    bool finite = true;
+    if constexpr (MODE != Mode::Accumulate) {
+        if constexpr (!FORGE_ACCUMULATOR) {
+            float squares = sum_of_squares(acc);
+            double total = squares;
+            bool bad = false;
+            if (!(squares <= 3.4e38f)) {
+                // A number that is not finite, or squares that overflow fp32.
+                const float scaled = sum_of_squares(acc, SQUARE_SCALE);
+                total = static_cast<double>(scaled) / (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
+                bad = !(scaled <= 3.4e38f);
+            }
+            finite = !named_barrier_any(3 + consumer, 128, bad);
+            if (p.partials != nullptr) {
+                // One number of each warp; `reduce` adds them in order.
+#pragma unroll
+                for (int distance = 16; distance > 0; distance /= 2)
+                    total += __shfl_down_sync(0xFFFFFFFFu, total, distance);
+                if (threadIdx.x % 32 == 0) {
+                    TilePartial* out = p.partials + 4 * (tile.m * p.tiles_n + tile.n) + lane.warp;
+                    *out = {total, lane.warp == 0 && !finite ? 1u : 0u, 0u};
+                }
+            }
+        }
+    }
+    if constexpr (!STREAMS) return;
+
+    const StepScalars& step = p.step.value;
+    ChunkUpdate<REGISTERS> update{acc, step, lane};
+    // One chunk: wait until it is here, work on it in place, tell the DMA warp.
+    auto chunk = [&](auto half, auto row8, auto col) {
+        constexpr int HALF = decltype(half)::value, ROW8 = decltype(row8)::value;
+        constexpr int COL = decltype(col)::value * CHUNK_COLS;
+        float* scales[3] = {nullptr, nullptr, nullptr};
+        float old_scales[3] = {0.0f, 0.0f, 0.0f};
+        if constexpr (any_q8()) {
+            const u32 row = tile_row + HALF * 64 + lane.warp * 16 + ROW8 * 8 + lane.row;
+            const u32 block = (tile_col + COL) / 128;
+            if (row < p.rows && tile_col + COL < p.cols) {
+#pragma unroll
+                for (int s = 0; s < N_STATES; ++s) {
+                    if (STATE[s] == StateFormat::Q8) {
+                        scales[s] = p.scales[s] + static_cast<u64>(block) * p.rows + row;
+                        old_scales[s] = *scales[s];
+                    }
+                }
+            }
+        }
+        barrier_wait(full + 8 * ring.index, ring.parity);
+        u8* slot = slots + ring.index * SLOT_BYTES;
+        if constexpr (MODE == Mode::Update) {
+            if (finite) update.template run<HALF, ROW8, COL>(slot, scales, old_scales);
+        } else {
+#pragma unroll
+            for (int j = 0; j < CHUNK_COLS / 8; ++j) {
+                u8* at = slot + array_offset(A_ACCUMULATOR) + pair_offset<4>(j, lane.warp, lane.row, lane.q);
+                const int i = 4 * (COL / 8 + j) + 2 * ROW8;
+                const float2 before = load_f32x2(at);
+                store_f32x2(at, before.x + acc[HALF][i], before.y + acc[HALF][i + 1]);
+            }
+        }
+        fence_shared_for_tma();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(done + 8 * ring.index);
+        ring.advance();
+    };
+    for_constants<2>([&](auto half) {
+        for_constants<2>([&](auto row8) {
+            for_constants<COL_CHUNKS>([&](auto col) { chunk(half, row8, col); });
+        });
+    });
+}
+
+FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 full, u32 empty,
+                                u32 ring_full, u32 ring_done) {
+    constexpr int REGISTERS = TILE_COLS / 2;
+    const u32 tiles = p.tiles_m * p.tiles_n;
+    const u32 thread = threadIdx.x % 128;
+    const bool releases = thread % 32 == 0;
+    u32 token_blocks = 0;
+    for (u32 segment = 0; segment < p.n_segments; ++segment) token_blocks += p.token_blocks[segment];
+
+    Ring<STAGES> stage;
+    Ring<SLOTS> ring;
+    // The two mainloops take turns, so that waits on `full` never lag a whole round behind.
+    const u32 mine = 1 + consumer, other = 2 - consumer;
+    if (consumer == 1) {
+        named_barrier_arrive(other, 256);
+        stage.advance(token_blocks);
+    }
+    for (u32 t = blockIdx.x + consumer * gridDim.x; t < tiles; t += CONSUMERS * gridDim.x) {
+        const TileIndex tile = tile_at(p, t);
+        float acc[2][REGISTERS];
+        named_barrier_sync(mine, 256);
+        Ring<STAGES> last = stage;
+        if (token_blocks > 0) last.advance(token_blocks - 1);
+        multiply(acc, token_blocks, shared_address(shared), full, empty, stage, releases);
+        named_barrier_arrive(other, 256);
+        wgmma_wait<0>();
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < REGISTERS; ++i) wgmma_pin(acc[half][i]);
+        if (token_blocks > 0 && releases) barrier_arrive(empty + 8 * last.index);
+        stage.advance(token_blocks);  // those of the other consumer's tile
+
+        const u32 warp = thread / 32, row = thread % 32 / 4;
+        const u64 first_row = tile.m * TILE_ROWS + warp * 16 + row;
+        const Lane lane{warp,
+                        row,
+                        thread % 4,
+                        p.first_index + first_row * p.global_cols + tile.n * TILE_COLS,
+                        p.global_cols,
+                        p.cols - tile.n * TILE_COLS};
+        consume(p, acc, tile, consumer, shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES, ring_full,
+                ring_done, ring, lane);
+    }
+}
+
+}  // namespace forge
+
+extern "C" __global__ void __launch_bounds__(forge::THREADS, 1)
+    forge_wgrad_sm90(const __grid_constant__ forge::Params p) {
+    using namespace forge;
+    extern __shared__ __align__(1024) u8 shared[];
+    const u32 barriers = shared_address(shared) + BARRIERS_AT;
+    const u32 full = barriers, empty = full + 8 * STAGES;
+    const u32 rings = empty + 8 * STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, 4);  // the warps of the consumer that used it
+        }
+        for (int i = 0; i < 2 * CONSUMERS * SLOTS; ++i) {
+            // A ring: SLOTS `full` barriers, then SLOTS `done` ones, by the warps of its consumer.
+            barrier_init(rings + 8 * i, i / SLOTS % 2 == 0 ? 1 : 4);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    const u32 group = threadIdx.x / 128;
+    if (group == CONSUMERS) {
+        registers_lower<40>();
+        const u32 warp = threadIdx.x / 32 % 4;
+        if (threadIdx.x % 32 == 0) {
+            if (warp == 0) {
+                load_factors(p, shared, full, empty);
+            } else if (STREAMS && warp <= CONSUMERS) {
+                const u32 consumer = warp - 1;
+                stream_arrays(p, consumer,
+                              shared_address(shared) + SLOTS_AT + consumer * SLOTS * SLOT_BYTES,
+                              rings + 16 * SLOTS * consumer, rings + 16 * SLOTS * consumer + 8 * SLOTS);
+            }
+        }
+    } else {
+        registers_raise<232>();
+        consumer_loop(p, shared, group, full, empty, rings + 16 * SLOTS * group,
+                      rings + 16 * SLOTS * group + 8 * SLOTS);
+    }
+}
