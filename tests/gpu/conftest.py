@@ -1,0 +1,31 @@
+"""Tests of the CUDA backend. Without a GPU all of them are skipped.
+
+They run against the installed wheel, or against target/release/libforge.so in a working tree.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+if "FORGE_LIBRARY" in os.environ or find_spec("forge_train") is None:
+    sys.path.insert(0, str(ROOT / "megatron_patch"))
+    os.environ.setdefault("FORGE_LIBRARY", str(ROOT / "target" / "release" / "libforge.so"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """The same numbers in every test, and no memory of one test in the next."""
+    torch.manual_seed(1234)
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
