@@ -45,6 +45,9 @@ examples:
 #: What a resumed run may change. Of these only `steps` alters a step: the learning rate's decay.
 _FREE_ON_RESUME = {"device", "tp", "sequence_parallel", "steps", "save_interval"}
 
+#: Settings that change nothing in a stock run. The weight format does: it says fp32 or bf16.
+_FORGE_ONLY = ("state_format", "schedule")
+
 
 def _parser() -> argparse.ArgumentParser:
     # SUPPRESS: only what the user typed is set, so that --resume can tell it from the defaults.
@@ -186,6 +189,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_stock_flags(given: dict[str, object]) -> None:
+    """Refuse what a stock run would not look at."""
+    for field in _FORGE_ONLY if given.get("stock") else ():
+        if field in given:
+            flag = "--" + field.replace("_", "-")
+            raise ConfigError(
+                f"{flag} {given[field]} with --stock: only FORGE has this setting; leave {flag} "
+                "out, or use --compare to run both"
+            )
+
+
 def _configure(given: dict[str, object], resume: bool) -> RunConfig:
     """The run that the flags ask for; a resumed run's own settings fill in what they leave out."""
     # A resumed run goes on where it was, unless it is told otherwise.
@@ -271,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if compare and given.get("stock"):
             raise ConfigError("--compare with --stock: --compare runs both; leave --stock out")
+        _check_stock_flags(given)
         run = _configure(given, resume)
         run.check()
         runs = [dataclasses.replace(run, stock=True), run] if compare else [run]

@@ -47,6 +47,32 @@ def chain(fused: Fused | None, optimizer: Any) -> Any:
     return optimizer if fused is None else fused.chain(optimizer)
 
 
+def hint(fused: Any) -> str:
+    """A line for runs whose kept factors outweigh the gradients that they replace, else empty.
+
+    Only where another schedule would hold less.
+    """
+    run = fused.engine
+    factors = held = gradients = automatic = 0
+    for layer in fused.layers:
+        plan = layer.fused.plan
+        (tokens,) = layer.fused.plans
+        auto = layer.fused.linear.plan(
+            tokens=tokens, micro_batches=run.micro_batches, needs_norm=run.needs_norm
+        )
+        factors += plan.factor_bytes
+        held += plan.factor_bytes + plan.accumulator_bytes
+        automatic += auto.factor_bytes + auto.accumulator_bytes
+        gradients += plan.gradient_bytes
+    if factors <= gradients or automatic >= held:
+        return ""
+    return (
+        f"hint: schedule {run.schedule} keeps factors of {factors / 2**20:.1f} MiB for a step, the "
+        f"gradients they replace would take {gradients / 2**20:.1f} MiB; --schedule auto keeps "
+        f"{automatic / 2**20:.1f} MiB"
+    )
+
+
 def _layers(optimizer: Any) -> list[Any]:
     """The fused layers of this rank; none in a stock run, whose chain has no FORGE member."""
     forge = getattr(optimizer, "forge", None)

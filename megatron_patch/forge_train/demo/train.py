@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
-from forge_train.demo import checkpoint, checkpoint_files, memory
+from forge_train.demo import checkpoint, checkpoint_files, forge_hook, memory
 from forge_train.demo.config import RunConfig
 from forge_train.demo.data import SampleStream, build_datasets, prepare
 from forge_train.demo.log import cut_log, read_log
@@ -86,6 +86,8 @@ def _announce(trainer: Trainer, start: Path | None) -> None:
     )
     if trainer.fused is not None:
         print(trainer.fused.summary())
+        if hint := forge_hook.hint(trainer.fused):
+            print(hint)
     if start is not None:
         print(f"resumed from {start} (step {trainer.steps_done})")
     sys.stdout.flush()
