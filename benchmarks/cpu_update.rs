@@ -8,13 +8,17 @@
 
 use criterion::{Criterion, SamplingMode};
 use forge::backend::cpu::Cpu;
-use forge::backend::{Accumulator, Arrays, Backend, Factors, Matrix, Scheme, Shard, Step};
+use forge::backend::{
+    Accumulator, Arrays, Backend, Deliver, Factors, Matrix, Scheme, Shard, Step, StepSource, Stream,
+};
 use forge::format::{Dtype, Rounding, StateFormat, WeightFormat};
 use forge::rule::{self, MAX_STATES, StepScalars};
 use std::hint::black_box;
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
 
+const HOST: Deliver = Deliver::HOST;
+const NULL: Stream = Stream::NULL;
 const TOKENS: usize = 4096;
 const OUT: usize = 1024;
 const IN: usize = 1024;
@@ -92,14 +96,26 @@ impl Case {
     fn fused_update(&mut self, cpu: &Cpu) {
         let (arrays, f) = (self.arrays(), self.factors());
         // SAFETY: sizes by construction.
-        unsafe { cpu.update(&self.scheme, &self.shard, &[f], None, &arrays, &self.step) };
+        unsafe {
+            cpu.update(
+                &self.scheme,
+                &self.shard,
+                &[f],
+                None,
+                &arrays,
+                &StepSource::Value(self.step),
+                HOST,
+                NULL,
+            )
+        }
+        .unwrap();
     }
 
     fn dgrad(&mut self, cpu: &Cpu) {
         let (f, w) = (self.factors(), self.w.as_ptr().cast());
         let dx = self.dx.as_mut_ptr().cast();
         // SAFETY: sizes by construction.
-        unsafe { cpu.dgrad(&self.scheme, &self.shard, TOKENS, f.dy, w, dx) };
+        unsafe { cpu.dgrad(&self.scheme, &self.shard, TOKENS, f.dy, w, dx, NULL) }.unwrap();
     }
 
     fn two_phase(&mut self, cpu: &Cpu) {
@@ -157,7 +173,19 @@ impl Case {
         let arrays = self.arrays();
         let gradient = Some(Accumulator(self.gradient.as_mut_ptr()));
         // SAFETY: sizes by construction.
-        unsafe { cpu.update(&self.scheme, &self.shard, &[], gradient, &arrays, &self.step) };
+        unsafe {
+            cpu.update(
+                &self.scheme,
+                &self.shard,
+                &[],
+                gradient,
+                &arrays,
+                &StepSource::Value(self.step),
+                HOST,
+                NULL,
+            )
+        }
+        .unwrap();
     }
 }
 

@@ -71,14 +71,20 @@ enum forge_status
   FORGE_ERROR_SHAPE = 112,
   // The rule has no state of that index.
   FORGE_ERROR_STATE_INDEX = 113,
+  // The context was lent no workspace; see forge_context_set_workspace.
+  FORGE_ERROR_WORKSPACE = 114,
   // One of the caller's collectives reported failure.
   FORGE_ERROR_COLLECTIVE = 300,
   // Rank and size do not fit each other.
   FORGE_ERROR_RANK = 301,
-  // The backend asked for is not in this build.
+  // The backend asked for is not to be had here: no driver, no GPU, or too old.
   FORGE_ERROR_NO_BACKEND = 400,
   // The thread pool could not be started.
   FORGE_ERROR_THREADS = 401,
+  // A call of the GPU's driver or libraries failed; work enqueued before may be lost.
+  FORGE_ERROR_DEVICE = 402,
+  // A kernel cannot be compiled, or there is no compiler (NVRTC).
+  FORGE_ERROR_COMPILE = 403,
   // A bug in FORGE: a panic was caught at the C boundary.
   FORGE_ERROR_PANIC = 900,
 };
@@ -98,7 +104,7 @@ enum forge_backend
  {
   // The CPU's cores.
   FORGE_BACKEND_CPU = 0,
-  // An NVIDIA GPU; not in this build.
+  // An NVIDIA GPU, by the driver's own API; needs NVRTC at run time.
   FORGE_BACKEND_CUDA = 1,
 };
 #ifndef __cplusplus
@@ -328,11 +334,22 @@ typedef struct {
   uint32_t struct_size;
   // A forge_backend.
   uint32_t backend;
-  // Index of the device; 0 for the CPU.
+  // Index of the GPU, as CUDA counts; 0 for the CPU.
   int32_t device;
   // Threads of the CPU backend; 0: one for each core that the process may use.
   uint32_t threads;
+  // CUDA: directory of compiled kernels, copied; made if it is not there. NULL: `$FORGE_CACHE_DIR`,
+  // else `$XDG_CACHE_HOME/forge`, else `~/.cache/forge`.
+  const char *cache_dir;
 } forge_context_config;
+
+// Memory that FORGE may write: of the context's backend, allocated by the caller.
+typedef struct {
+  // First byte, aligned to the element.
+  void *data;
+  // Exact size in bytes (workspaces: at least).
+  uint64_t bytes;
+} forge_buffer;
 
 // Receives log lines: level 1 error, 2 warning, 3 information, 4 debugging, 5 trace. The strings
 // are valid during the call. May be called from several threads at once.
@@ -485,7 +502,8 @@ typedef struct {
   uint32_t reserved;
   // Used when device_scalars is NULL.
   forge_step_scalars scalars;
-  // In the backend's memory, read when the work runs; NULL: use `scalars`.
+  // In the backend's memory, read when the work runs; NULL: use `scalars`. CUDA does not check them
+  // against the rule's ranges.
   const forge_step_scalars *device_scalars;
 } forge_step;
 
@@ -496,14 +514,6 @@ typedef struct {
   // Size in bytes, at least what shape and stride need.
   uint64_t bytes;
 } forge_const_buffer;
-
-// Memory that FORGE may write: of the context's backend, allocated by the caller.
-typedef struct {
-  // First byte, aligned to the element.
-  void *data;
-  // Exact size in bytes (workspaces: at least).
-  uint64_t bytes;
-} forge_buffer;
 
 // The arrays of a parameter, of the sizes that forge_linear_layout gives; unused ones zeroed.
 typedef struct {
@@ -520,6 +530,20 @@ typedef struct {
   // Scales of q8 states.
   forge_buffer scales[3];
 } forge_parameter;
+
+// What an update did.
+typedef struct {
+  // sizeof(forge_report).
+  uint32_t struct_size;
+  // 0.
+  uint32_t reserved;
+  // Tiles of the shard.
+  uint64_t tiles;
+  // Tiles whose gradient was not finite: left as they were.
+  uint64_t nonfinite_tiles;
+  // Σ dW² of this shard before grad_scale.
+  double sum_of_squares;
+} forge_report;
 
 // One backward. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
 // has tokens/ranks rows. dx and dbias may have data NULL: not wanted.
@@ -551,21 +575,9 @@ typedef struct {
   const forge_parameter *parameter;
   // Of UPDATE; else NULL.
   const forge_step *step;
+  // In the backend's memory, written whole when an UPDATE runs; NULL: none.
+  forge_report *device_report;
 } forge_backward;
-
-// What an update did.
-typedef struct {
-  // sizeof(forge_report).
-  uint32_t struct_size;
-  // 0.
-  uint32_t reserved;
-  // Tiles of the shard.
-  uint64_t tiles;
-  // Tiles whose gradient was not finite: left as they were.
-  uint64_t nonfinite_tiles;
-  // Σ dW² of this shard before grad_scale.
-  double sum_of_squares;
-} forge_report;
 
 // The factors of one micro-batch, as the shard of W needs them (after gathering).
 typedef struct {
@@ -595,6 +607,8 @@ typedef struct {
   const forge_parameter *parameter;
   // Scalars.
   const forge_step *step;
+  // In the backend's memory, written whole when the work runs; NULL: none.
+  forge_report *device_report;
 } forge_update;
 
 // A norm without a gradient.
@@ -645,10 +659,11 @@ forge_status forge_comm_new_host(forge_context *context,
 // `comm` is NULL or was made by a forge_comm_new_… function and not freed.
 void forge_comm_free(forge_comm *comm);
 
-// Makes a context.
+// Makes a context. For CUDA it takes the device's primary context, which frameworks use as well.
 //
 // # Safety
-// `config` points to a struct of its `struct_size`, `out_context` to a pointer.
+// `config` points to a struct of its `struct_size` whose `cache_dir` is NULL or NUL-terminated,
+// `out_context` to a pointer.
 forge_status forge_context_new(const forge_context_config *config, forge_context **out_context);
 
 // Frees a context; NULL is allowed. Communicators and linears made with it stay valid.
@@ -656,6 +671,23 @@ forge_status forge_context_new(const forge_context_config *config, forge_context
 // # Safety
 // `context` is NULL or was made by forge_context_new and not freed.
 void forge_context_free(forge_context *context);
+
+// Bytes of device memory that forge_context_set_workspace wants: 0 on the CPU, below 60 MiB on CUDA.
+//
+// # Safety
+// `context` is live, `out_bytes` points to a u64.
+forge_status forge_context_workspace_bytes(const forge_context *context,
+                                           uint64_t *out_bytes);
+
+// Lends the context device memory for its life and that of its linears, or until the next call of
+// this function. It is scratch of the work on a stream, so only one stream at a time may have work of
+// this context in it; what is enqueued already goes on to use the old one. CUDA calls that need it
+// fail without. On the CPU nothing is needed and nothing happens.
+//
+// # Safety
+// `context` is live; the memory has `workspace.bytes` bytes and nothing else uses it.
+forge_status forge_context_set_workspace(forge_context *context,
+                                         forge_buffer workspace);
 
 // The sentence of this thread's last failed call; "" when none failed. Never NULL; valid until the
 // next failure on this thread.
@@ -743,7 +775,8 @@ forge_status forge_linear_check_step(const forge_linear *linear, const forge_ste
 
 // A whole backward: communication, dX, dbias, and what the mode says of dW. dX is computed with W as
 // it was before the update. If a collective fails before the update, W is unchanged; a failure of
-// the last wait is reported after it. `report` may be NULL.
+// the last wait is reported after it. `report` may be NULL; where it is not, CUDA waits for the
+// stream (`backward->device_report` needs no wait).
 //
 // # Safety
 // `linear` is live, structs have their `struct_size`, buffers have the sizes that they say.
@@ -764,7 +797,8 @@ forge_status forge_linear_dgrad(forge_linear *linear,
                                 forge_buffer dx,
                                 void *stream);
 
-// The fused update over the tokens of all segments. `report` may be NULL.
+// The fused update over the tokens of all segments. `report` may be NULL; where it is not, CUDA waits
+// for the stream (`update->device_report` needs no wait).
 //
 // # Safety
 // As forge_linear_backward.
@@ -785,6 +819,7 @@ forge_status forge_linear_accumulate(forge_linear *linear,
 
 // `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW. The method asked for is a wish: with
 // an accumulator, or where Gram sums would cancel or overflow, tiles are taken; `out->method` tells.
+// On CUDA this waits for the stream; see forge_linear_norm_async.
 //
 // # Safety
 // As forge_linear_backward; `out` points to a struct of its `struct_size`.
@@ -796,13 +831,27 @@ forge_status forge_linear_norm(forge_linear *linear,
                                forge_norm *out,
                                void *stream);
 
+// As forge_linear_norm, with the result in the backend's memory, written whole when the work runs:
+// the host does not wait.
+//
+// # Safety
+// As forge_linear_backward; `device_out` is writable in the backend's memory until the work is done.
+forge_status forge_linear_norm_async(forge_linear *linear,
+                                     const forge_segment *segments,
+                                     uint32_t n_segments,
+                                     forge_const_buffer accumulator,
+                                     uint32_t method,
+                                     forge_norm *device_out,
+                                     void *stream);
+
 // Writes the master weight as fp32 [out_local, in_local].
 //
 // # Safety
 // As forge_linear_backward.
 forge_status forge_linear_export_weight(const forge_linear *linear,
                                         const forge_parameter *parameter,
-                                        forge_buffer fp32);
+                                        forge_buffer fp32,
+                                        void *stream);
 
 // Reads the master weight from fp32 [out_local, in_local], rounding to nearest.
 //
@@ -810,7 +859,8 @@ forge_status forge_linear_export_weight(const forge_linear *linear,
 // As forge_linear_backward.
 forge_status forge_linear_import_weight(const forge_linear *linear,
                                         const forge_parameter *parameter,
-                                        forge_const_buffer fp32);
+                                        forge_const_buffer fp32,
+                                        void *stream);
 
 // Writes state `index` as fp32 [out_local, in_local].
 //
@@ -819,7 +869,8 @@ forge_status forge_linear_import_weight(const forge_linear *linear,
 forge_status forge_linear_export_state(const forge_linear *linear,
                                        const forge_parameter *parameter,
                                        uint32_t index,
-                                       forge_buffer fp32);
+                                       forge_buffer fp32,
+                                       void *stream);
 
 // Reads state `index` from fp32 [out_local, in_local], rounding to nearest.
 //
@@ -828,7 +879,8 @@ forge_status forge_linear_export_state(const forge_linear *linear,
 forge_status forge_linear_import_state(const forge_linear *linear,
                                        const forge_parameter *parameter,
                                        uint32_t index,
-                                       forge_const_buffer fp32);
+                                       forge_const_buffer fp32,
+                                       void *stream);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -38,14 +38,20 @@ pub enum forge_status {
     FORGE_ERROR_SHAPE = 112,
     /// The rule has no state of that index.
     FORGE_ERROR_STATE_INDEX = 113,
+    /// The context was lent no workspace; see forge_context_set_workspace.
+    FORGE_ERROR_WORKSPACE = 114,
     /// One of the caller's collectives reported failure.
     FORGE_ERROR_COLLECTIVE = 300,
     /// Rank and size do not fit each other.
     FORGE_ERROR_RANK = 301,
-    /// The backend asked for is not in this build.
+    /// The backend asked for is not to be had here: no driver, no GPU, or too old.
     FORGE_ERROR_NO_BACKEND = 400,
     /// The thread pool could not be started.
     FORGE_ERROR_THREADS = 401,
+    /// A call of the GPU's driver or libraries failed; work enqueued before may be lost.
+    FORGE_ERROR_DEVICE = 402,
+    /// A kernel cannot be compiled, or there is no compiler (NVRTC).
+    FORGE_ERROR_COMPILE = 403,
     /// A bug in FORGE: a panic was caught at the C boundary.
     FORGE_ERROR_PANIC = 900,
 }
@@ -70,10 +76,13 @@ impl forge_status {
         S::FORGE_ERROR_STREAM,
         S::FORGE_ERROR_SHAPE,
         S::FORGE_ERROR_STATE_INDEX,
+        S::FORGE_ERROR_WORKSPACE,
         S::FORGE_ERROR_COLLECTIVE,
         S::FORGE_ERROR_RANK,
         S::FORGE_ERROR_NO_BACKEND,
         S::FORGE_ERROR_THREADS,
+        S::FORGE_ERROR_DEVICE,
+        S::FORGE_ERROR_COMPILE,
         S::FORGE_ERROR_PANIC,
     ];
 
@@ -95,10 +104,13 @@ impl forge_status {
             S::FORGE_ERROR_STREAM => c"FORGE_ERROR_STREAM",
             S::FORGE_ERROR_SHAPE => c"FORGE_ERROR_SHAPE",
             S::FORGE_ERROR_STATE_INDEX => c"FORGE_ERROR_STATE_INDEX",
+            S::FORGE_ERROR_WORKSPACE => c"FORGE_ERROR_WORKSPACE",
             S::FORGE_ERROR_COLLECTIVE => c"FORGE_ERROR_COLLECTIVE",
             S::FORGE_ERROR_RANK => c"FORGE_ERROR_RANK",
             S::FORGE_ERROR_NO_BACKEND => c"FORGE_ERROR_NO_BACKEND",
             S::FORGE_ERROR_THREADS => c"FORGE_ERROR_THREADS",
+            S::FORGE_ERROR_DEVICE => c"FORGE_ERROR_DEVICE",
+            S::FORGE_ERROR_COMPILE => c"FORGE_ERROR_COMPILE",
             S::FORGE_ERROR_PANIC => c"FORGE_ERROR_PANIC",
         }
     }

@@ -56,6 +56,11 @@ impl Noise {
         Self { key: [seed as u32, parameter], step: step as u32, seed_high: (seed >> 32) as u32 }
     }
 
+    /// Key, step and upper half of the seed, for a GPU's kernels.
+    pub fn parts(&self) -> ([u32; 2], u32, u32) {
+        (self.key, self.step, self.seed_high)
+    }
+
     #[inline(always)]
     fn call(&self, stream: Stream, group: u64) -> [u32; 4] {
         let stream = match stream {

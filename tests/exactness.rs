@@ -151,12 +151,10 @@ fn the_three_schedules_agree_on_equal_factors() {
             let mut buffer = vec![0f32; out * inn];
             let (last, earlier) = all.split_last().unwrap();
             for f in earlier {
-                // SAFETY: sizes by construction.
-                unsafe { fused_last.linear.accumulate(&[*f], Accumulator(buffer.as_mut_ptr())) };
+                fused_last.accumulate(&[*f], &mut buffer);
             }
             fused_last.update(&[*last], Some(&mut buffer), &s);
-            // SAFETY: sizes by construction.
-            unsafe { buffered.linear.accumulate(&[*last], Accumulator(buffer.as_mut_ptr())) };
+            buffered.accumulate(&[*last], &mut buffer);
             buffered.update(&[], Some(&mut buffer), &s);
         }
         assert!(deferred.bytes() == fused_last.bytes(), "{name}");

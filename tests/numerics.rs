@@ -169,9 +169,10 @@ fn dgrad_and_bias_follow_fp64() {
             let m = forge::backend::Matrix { data: dy.as_ptr(), stride: out };
             // SAFETY: sizes by construction.
             unsafe {
-                p.linear.dgrad(tokens, m, arrays.weight, dx.as_mut_ptr());
+                let stream = forge::backend::Stream::NULL;
+                p.linear.dgrad(tokens, m, arrays.weight, dx.as_mut_ptr(), stream).unwrap();
                 let shard = &p.linear.shape.shard;
-                cpu.bias_grad(&scheme, shard, tokens, m, dbias.as_mut_ptr());
+                cpu.bias_grad(&scheme, shard, tokens, m, dbias.as_mut_ptr(), stream).unwrap();
             }
             let decode = |b: &[u8]| match dtype {
                 Dtype::F32 => f64::from(f32::from_ne_bytes(b.try_into().unwrap())),
@@ -201,8 +202,7 @@ fn dgrad_and_bias_follow_fp64() {
 }
 
 fn norm(p: &Parameter, segments: &[Segment], method: NormMethod) -> Norm {
-    // SAFETY: sizes by construction.
-    unsafe { p.linear.norm(&factors(segments), None, method) }
+    p.norm(&factors(segments), method)
 }
 
 fn parameter(out: usize, inn: usize, dtype: Dtype) -> Parameter {
@@ -323,9 +323,7 @@ fn a_non_finite_tile_is_skipped_counted_and_nothing_else() {
     let dy = encode(Dtype::F32, &dy);
     let segment = Segment { dy, x, tokens, out, inn, dtype: Dtype::F32 };
     let arrays = p.arrays();
-    // SAFETY: sizes by construction.
-    let report =
-        unsafe { p.linear.update(&[segment.factors()], None, &arrays, &scalars("adamw", 1)) };
+    let report = p.report(&[segment.factors()], None, &arrays, &scalars("adamw", 1));
     assert!(report.tiles > report.nonfinite_tiles && report.nonfinite_tiles == 1);
     let end = p.export(Image::Weight);
     assert!(end.iter().all(|w| w.is_finite()));
@@ -335,8 +333,7 @@ fn a_non_finite_tile_is_skipped_counted_and_nothing_else() {
     let segment = Segment::random(&mut r, tokens, out, inn, Dtype::F32);
     let mut s = scalars("adamw", 1);
     s.grad_scale = 3e38;
-    // SAFETY: sizes by construction.
-    let report = unsafe { p.linear.update(&[segment.factors()], None, &arrays, &s) };
+    let report = p.report(&[segment.factors()], None, &arrays, &s);
     assert_eq!(report.nonfinite_tiles, report.tiles);
     assert_eq!(p.export(Image::Weight), end);
 }

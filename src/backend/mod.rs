@@ -1,12 +1,14 @@
-//! Where tiles are computed. One trait; the CPU's thread pool implements it here, CUDA comes beside
-//! it. A backend knows shapes, formats and rules; it knows no layer, no schedule and no ranks.
+//! Where tiles are computed. One trait; the CPU's thread pool implements it, and an NVIDIA GPU.
+//! A backend knows shapes, formats and rules; it knows no layer, no schedule and no ranks.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::error::Result;
 use crate::format::{Dtype, Rounding, StateFormat, WeightFormat};
 use crate::philox::Noise;
 use crate::rule::{Constants, ErasedRule, MAX_STATES, MAXIMIZE, StepScalars};
+use std::ffi::c_void;
 
 /// A row-major matrix whose rows are `stride` elements apart.
 #[derive(Clone, Copy, Debug)]
@@ -138,6 +140,46 @@ impl Step {
     }
 }
 
+/// The scalars of a step, or where the backend finds them when the work runs.
+#[derive(Clone, Copy)]
+pub enum StepSource {
+    /// Known now.
+    Value(Step),
+    /// A `forge_step_scalars` in the backend's memory.
+    Device(*const c_void),
+}
+
+impl StepSource {
+    /// Scalars that are known now.
+    pub fn new(scheme: &Scheme, scalars: &StepScalars) -> Self {
+        Self::Value(Step::new(scheme, scalars))
+    }
+}
+
+/// The order of work on a device: a `CUstream`, or NULL. The CPU has one order only.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream(pub *mut c_void);
+
+impl Stream {
+    /// The CPU's only one; CUDA's default stream.
+    pub const NULL: Self = Self(std::ptr::null_mut());
+}
+
+/// Where a call's result is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Deliver {
+    /// Returned by the call, which a device must wait for.
+    pub host: bool,
+    /// A struct of the C ABI in the backend's memory, written when the work runs; NULL: nowhere. For a
+    /// backend whose memory is the host's the caller writes it from what the call returns.
+    pub device: *mut c_void,
+}
+
+impl Deliver {
+    /// To the caller alone.
+    pub const HOST: Self = Self { host: true, device: std::ptr::null_mut() };
+}
+
 /// What an update did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Report {
@@ -179,18 +221,38 @@ pub enum Image {
 }
 
 /// Tiles on a device. All sizes and pointers were checked by the caller.
+///
+/// Work is enqueued on the stream and done in its order; on the CPU it is done when a call returns.
 pub trait Backend: Send + Sync {
     /// Refuses streams that are not this backend's.
-    fn check_stream(&self, stream: *mut std::ffi::c_void) -> Result<()>;
+    fn check_stream(&self, stream: Stream) -> Result<()>;
 
     /// Bytes that pointers must be aligned to, for arrays of this element size.
     fn alignment(&self, element_bytes: usize) -> usize;
 
-    /// For each tile: `g = Σ dYᵀX (+ accumulator)` in scratch, then the rule.
+    /// Whether the host can read and write this backend's memory.
+    fn memory_is_host(&self) -> bool;
+
+    /// Bytes that [`Backend::set_workspace`] wants.
+    fn workspace_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Lends the backend memory of its own device, until it is replaced or the backend is dropped.
+    ///
+    /// # Safety
+    /// The memory stays valid that long, and nothing else uses it.
+    unsafe fn set_workspace(&self, data: *mut u8, bytes: u64) -> Result<()> {
+        let _ = (data, bytes);
+        Ok(())
+    }
+
+    /// For each tile: `g = Σ dYᵀX (+ accumulator)` in scratch, then the rule. The report is returned
+    /// if `deliver.host` says so.
     ///
     /// # Safety
     /// All pointers are valid for the shard and the factors' tokens, and nothing else touches the
-    /// written ones during the call.
+    /// written ones until the work is done.
     unsafe fn update(
         &self,
         scheme: &Scheme,
@@ -198,8 +260,10 @@ pub trait Backend: Send + Sync {
         factors: &[Factors],
         accumulator: Option<Accumulator>,
         arrays: &Arrays,
-        step: &Step,
-    ) -> Report;
+        step: &StepSource,
+        deliver: Deliver,
+        stream: Stream,
+    ) -> Result<Option<Report>>;
 
     /// `accumulator += Σ dYᵀX`.
     ///
@@ -211,9 +275,10 @@ pub trait Backend: Send + Sync {
         shard: &Shard,
         factors: &[Factors],
         accumulator: Accumulator,
-    );
+        stream: Stream,
+    ) -> Result<()>;
 
-    /// `‖Σ dYᵀX (+ accumulator)‖²`, without it.
+    /// `‖Σ dYᵀX (+ accumulator)‖²`, without it; returned if `deliver.host` says so.
     ///
     /// # Safety
     /// As [`Backend::update`].
@@ -224,7 +289,9 @@ pub trait Backend: Send + Sync {
         factors: &[Factors],
         accumulator: Option<Accumulator>,
         method: NormMethod,
-    ) -> Norm;
+        deliver: Deliver,
+        stream: Stream,
+    ) -> Result<Option<Norm>>;
 
     /// `dX = dY · W`, of the model weight; dX `[tokens, cols]` contiguous.
     ///
@@ -238,7 +305,8 @@ pub trait Backend: Send + Sync {
         dy: Matrix,
         weight: *const u8,
         dx: *mut u8,
-    );
+        stream: Stream,
+    ) -> Result<()>;
 
     /// `dbias[o] = Σ_t dY[t,o]`.
     ///
@@ -251,7 +319,8 @@ pub trait Backend: Send + Sync {
         tokens: usize,
         dy: Matrix,
         dbias: *mut u8,
-    );
+        stream: Stream,
+    ) -> Result<()>;
 
     /// Writes an array as fp32 `[rows, cols]`.
     ///
@@ -264,7 +333,8 @@ pub trait Backend: Send + Sync {
         arrays: &Arrays,
         image: Image,
         out: *mut f32,
-    );
+        stream: Stream,
+    ) -> Result<()>;
 
     /// Reads an array from fp32 `[rows, cols]`, rounding to nearest.
     ///
@@ -277,5 +347,6 @@ pub trait Backend: Send + Sync {
         arrays: &Arrays,
         image: Image,
         values: *const f32,
-    );
+        stream: Stream,
+    ) -> Result<()>;
 }

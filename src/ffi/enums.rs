@@ -31,7 +31,7 @@ macro_rules! convert {
 pub enum forge_backend {
     /// The CPU's cores.
     FORGE_BACKEND_CPU = 0,
-    /// An NVIDIA GPU; not in this build.
+    /// An NVIDIA GPU, by the driver's own API; needs NVRTC at run time.
     FORGE_BACKEND_CUDA = 1,
 }
 

@@ -10,7 +10,7 @@ use super::types::{
     forge_backward, forge_buffer, forge_const_buffer, forge_norm, forge_parameter, forge_report,
     forge_segment, forge_step, forge_step_scalars, forge_update,
 };
-use crate::backend::{Arrays, Image, NormMethod, Report};
+use crate::backend::{Arrays, Deliver, Image, Norm, NormMethod, Report, StepSource, Stream};
 use crate::error::{Result, bail, forge_status};
 use crate::format::Dtype;
 use crate::linear::{Backward, Linear, Mode};
@@ -23,7 +23,7 @@ const _: () = assert!(size_of::<forge_step_scalars>() == size_of::<StepScalars>(
 /// # Safety
 /// `step` is NULL, misaligned, or points to a struct of its `struct_size`, and its `device_scalars`
 /// is NULL, misaligned or readable in the backend's memory.
-unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepScalars> {
+unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepSource> {
     // SAFETY: as promised by the caller.
     let step = unsafe { read_struct("step", step)? };
     check_reserved("step", step.reserved)?;
@@ -31,6 +31,9 @@ unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepScal
         step.scalars
     } else {
         check_pointer("step.device_scalars", step.device_scalars)?;
+        if !linear.backend.memory_is_host() {
+            return Ok(StepSource::Device(step.device_scalars.cast()));
+        }
         // SAFETY: as promised by the caller; both are repr-compatible (C ABI fields in order).
         unsafe { *step.device_scalars }
     };
@@ -41,7 +44,7 @@ unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepScal
         hyper: scalars.hyper,
     };
     check_scalars(linear.scheme.rule, linear.scheme.flags, &scalars)?;
-    Ok(scalars)
+    Ok(StepSource::new(&linear.scheme, &scalars))
 }
 
 /// Checks the scalars of a step against the rule's ranges and does nothing else: before the first of
@@ -58,14 +61,30 @@ pub unsafe extern "C" fn forge_linear_check_step(
     boundary(|| unsafe { read_step(&handle("linear", linear)?.linear, step).map(|_| ()) })
 }
 
+/// Where a report is wanted: on the host, in the backend's memory, both or neither.
+///
 /// # Safety
-/// `report` is NULL, misaligned, or points to a struct of its `struct_size`.
-unsafe fn check_report(check: &mut Checker, report: *mut forge_report) -> Result<()> {
-    if report.is_null() {
+/// `host` is NULL, misaligned, or points to a struct of its `struct_size`.
+unsafe fn check_reports(
+    check: &mut Checker,
+    host: *mut forge_report,
+    device: *mut forge_report,
+) -> Result<Deliver> {
+    if !host.is_null() {
+        // SAFETY: as promised by the caller.
+        unsafe { check_out(check, "report", host)? }
+    }
+    check_device_out(check, "device_report", device)?;
+    Ok(Deliver { host: !host.is_null(), device: device.cast() })
+}
+
+/// A struct that the call fills in the backend's memory; NULL is allowed.
+fn check_device_out<T>(check: &mut Checker, name: &str, out: *mut T) -> Result<()> {
+    if out.is_null() {
         return Ok(());
     }
-    // SAFETY: as promised by the caller.
-    unsafe { check_out(check, "report", report) }
+    check_pointer(name, out)?;
+    check.buffer(name, out.cast_const().cast(), size_of::<T>() as u64, Dtype::U8, true)
 }
 
 /// A struct that the call fills: it must lie apart from the buffers as well.
@@ -78,26 +97,37 @@ unsafe fn check_out<T: Sized32>(check: &mut Checker, name: &str, out: *mut T) ->
     check.buffer(name, out.cast_const().cast(), size_of::<T>() as u64, Dtype::U8, true)
 }
 
+/// Writes a report to the host, and to the backend's memory where that is the host's as well.
+///
 /// # Safety
-/// `out` passed [`check_report`].
-unsafe fn write_report(out: *mut forge_report, report: Report) {
-    if !out.is_null() {
-        // SAFETY: checked by the caller.
-        unsafe {
-            *out = forge_report {
-                struct_size: size_of::<forge_report>() as u32,
-                reserved: 0,
-                tiles: report.tiles,
-                nonfinite_tiles: report.nonfinite_tiles,
-                sum_of_squares: report.sum_of_squares,
-            };
+/// Both pointers passed [`check_reports`].
+unsafe fn write_reports(
+    linear: &Linear,
+    host: *mut forge_report,
+    device: *mut forge_report,
+    report: Option<Report>,
+) {
+    let report = report.unwrap_or_default();
+    let value = forge_report {
+        struct_size: size_of::<forge_report>() as u32,
+        reserved: 0,
+        tiles: report.tiles,
+        nonfinite_tiles: report.nonfinite_tiles,
+        sum_of_squares: report.sum_of_squares,
+    };
+    let in_host_memory = [!host.is_null(), !device.is_null() && linear.backend.memory_is_host()];
+    for (out, wanted) in [host, device].into_iter().zip(in_host_memory) {
+        if wanted {
+            // SAFETY: checked by the caller, and the host's memory.
+            unsafe { *out = value };
         }
     }
 }
 
 /// A whole backward: communication, dX, dbias, and what the mode says of dW. dX is computed with W as
 /// it was before the update. If a collective fails before the update, W is unchanged; a failure of
-/// the last wait is reported after it. `report` may be NULL.
+/// the last wait is reported after it. `report` may be NULL; where it is not, CUDA waits for the
+/// stream (`backward->device_report` needs no wait).
 ///
 /// # Safety
 /// `linear` is live, structs have their `struct_size`, buffers have the sizes that they say.
@@ -113,8 +143,9 @@ pub unsafe extern "C" fn forge_linear_backward(
         unsafe {
             let forge_linear { linear, layout } = handle("linear", linear)?;
             let mut check = Checker::new(&*linear.backend);
-            check_report(&mut check, report)?;
             let b = read_struct("backward", backward)?;
+            let deliver = check_reports(&mut check, report, b.device_report)?;
+            let stream = Stream(stream);
             linear.backend.check_stream(stream)?;
             linear.shape.check_tokens(b.tokens)?;
             let (shape, dtype) = (&linear.shape, linear.scheme.factor_dtype);
@@ -155,7 +186,7 @@ pub unsafe extern "C" fn forge_linear_backward(
             let buffer = &b.accumulator;
             let mode = match enums::backward_mode("mode", b.mode)? {
                 forge_backward_mode::FORGE_BACKWARD_UPDATE => Mode::Update {
-                    scalars: read_step(linear, b.step)?,
+                    step: read_step(linear, b.step)?,
                     accumulator: check.accumulator(
                         buffer.data.cast(),
                         buffer.bytes,
@@ -195,8 +226,12 @@ pub unsafe extern "C" fn forge_linear_backward(
             };
             check.finish()?;
             let workspace = b.workspace.data.cast();
-            let work = Backward { tokens, dy, x, dx, dbias, workspace, arrays, mode };
-            write_report(report, linear.backward(&work)?);
+            let work =
+                Backward { tokens, dy, x, dx, dbias, workspace, arrays, mode, deliver, stream };
+            let done = linear.backward(&work)?;
+            if deliver.host || matches!(mode, Mode::Update { .. }) {
+                write_reports(linear, report, b.device_report, done);
+            }
             Ok(())
         }
     })
@@ -220,6 +255,7 @@ pub unsafe extern "C" fn forge_linear_dgrad(
         // SAFETY: as promised by the caller.
         unsafe {
             let forge_linear { linear, layout } = handle("linear", linear)?;
+            let stream = Stream(stream);
             linear.backend.check_stream(stream)?;
             linear.shape.check_unsplit_tokens(tokens)?;
             let (shard, dtype) = (&linear.shape.shard, linear.scheme.factor_dtype);
@@ -232,13 +268,13 @@ pub unsafe extern "C" fn forge_linear_dgrad(
                 bail!(FORGE_ERROR_NULL, "dx: data is NULL");
             };
             check.finish()?;
-            linear.dgrad(tokens as usize, dy, data, dx);
-            Ok(())
+            linear.dgrad(tokens as usize, dy, data, dx, stream)
         }
     })
 }
 
-/// The fused update over the tokens of all segments. `report` may be NULL.
+/// The fused update over the tokens of all segments. `report` may be NULL; where it is not, CUDA waits
+/// for the stream (`update->device_report` needs no wait).
 ///
 /// # Safety
 /// As forge_linear_backward.
@@ -254,16 +290,18 @@ pub unsafe extern "C" fn forge_linear_update(
         unsafe {
             let forge_linear { linear, layout } = handle("linear", linear)?;
             let mut check = Checker::new(&*linear.backend);
-            check_report(&mut check, report)?;
             let u = read_struct("update", update)?;
+            let deliver = check_reports(&mut check, report, u.device_report)?;
+            let stream = Stream(stream);
             linear.backend.check_stream(stream)?;
             let factors = check.segments(linear, u.segments, u.n_segments)?;
             let buffer = &u.accumulator;
             let accumulator = check.accumulator(buffer.data.cast(), buffer.bytes, layout, false)?;
             let arrays = check.arrays(&read_parameter(u.parameter)?, layout, true)?;
-            let scalars = read_step(linear, u.step)?;
+            let step = read_step(linear, u.step)?;
             check.finish()?;
-            write_report(report, linear.update(&factors, accumulator, &arrays, &scalars));
+            let done = linear.update(&factors, accumulator, &arrays, &step, deliver, stream)?;
+            write_reports(linear, report, u.device_report, done);
             Ok(())
         }
     })
@@ -285,6 +323,7 @@ pub unsafe extern "C" fn forge_linear_accumulate(
         // SAFETY: as promised by the caller.
         unsafe {
             let forge_linear { linear, layout } = handle("linear", linear)?;
+            let stream = Stream(stream);
             linear.backend.check_stream(stream)?;
             let mut check = Checker::new(&*linear.backend);
             let factors = check.segments(linear, segments, n_segments)?;
@@ -293,14 +332,71 @@ pub unsafe extern "C" fn forge_linear_accumulate(
                 bail!(FORGE_ERROR_NULL, "accumulator: data is NULL");
             };
             check.finish()?;
-            linear.accumulate(&factors, accumulator);
-            Ok(())
+            linear.accumulate(&factors, accumulator, stream)
         }
     })
 }
 
+/// The arguments of a norm.
+struct NormCall {
+    linear: *mut forge_linear,
+    segments: *const forge_segment,
+    n_segments: u32,
+    accumulator: forge_const_buffer,
+    method: u32,
+    stream: *mut c_void,
+}
+
+/// Checks and runs a norm: `out` on the host or, if `device`, in the backend's memory.
+///
+/// # Safety
+/// As forge_linear_norm and forge_linear_norm_async.
+unsafe fn norm(call: NormCall, out: *mut forge_norm, device: bool) -> Result<()> {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let forge_linear { linear, layout } = handle("linear", call.linear)?;
+        let mut check = Checker::new(&*linear.backend);
+        if device {
+            check_pointer("device_out", out)?;
+            check_device_out(&mut check, "device_out", out)?;
+        } else {
+            check_out(&mut check, "out", out)?;
+        }
+        let stream = Stream(call.stream);
+        linear.backend.check_stream(stream)?;
+        let method = enums::norm_method("method", call.method)?;
+        let factors = check.segments(linear, call.segments, call.n_segments)?;
+        let (data, bytes) = (call.accumulator.data.cast(), call.accumulator.bytes);
+        let accumulator = check.accumulator(data, bytes, layout, false)?;
+        check.finish()?;
+        let device: *mut c_void = if device { out.cast() } else { null_mut() };
+        let deliver = Deliver { host: device.is_null(), device };
+        let norm = linear.norm(&factors, accumulator, method, deliver, stream)?;
+        let host_writes = deliver.host || linear.backend.memory_is_host();
+        if let Some(norm) = norm.filter(|_| host_writes) {
+            *out = norm_struct(norm);
+        }
+        Ok(())
+    }
+}
+
+fn norm_struct(norm: Norm) -> forge_norm {
+    let used = match norm.method {
+        NormMethod::Gram => enums::forge_norm_method::FORGE_NORM_GRAM,
+        _ => enums::forge_norm_method::FORGE_NORM_TILES,
+    };
+    forge_norm {
+        struct_size: size_of::<forge_norm>() as u32,
+        method: used as u32,
+        sum_of_squares: norm.sum_of_squares,
+        nonfinite: u32::from(!norm.sum_of_squares.is_finite()),
+        reserved: 0,
+    }
+}
+
 /// `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW. The method asked for is a wish: with
 /// an accumulator, or where Gram sums would cancel or overflow, tiles are taken; `out->method` tells.
+/// On CUDA this waits for the stream; see forge_linear_norm_async.
 ///
 /// # Safety
 /// As forge_linear_backward; `out` points to a struct of its `struct_size`.
@@ -314,33 +410,29 @@ pub unsafe extern "C" fn forge_linear_norm(
     out: *mut forge_norm,
     stream: *mut c_void,
 ) -> forge_status {
-    boundary(|| {
-        // SAFETY: as promised by the caller.
-        unsafe {
-            let forge_linear { linear, layout } = handle("linear", linear)?;
-            let mut check = Checker::new(&*linear.backend);
-            check_out(&mut check, "out", out)?;
-            linear.backend.check_stream(stream)?;
-            let method = enums::norm_method("method", method)?;
-            let factors = check.segments(linear, segments, n_segments)?;
-            let (data, bytes) = (accumulator.data.cast(), accumulator.bytes);
-            let accumulator = check.accumulator(data, bytes, layout, false)?;
-            check.finish()?;
-            let norm = linear.norm(&factors, accumulator, method);
-            let used = match norm.method {
-                NormMethod::Gram => enums::forge_norm_method::FORGE_NORM_GRAM,
-                _ => enums::forge_norm_method::FORGE_NORM_TILES,
-            };
-            *out = forge_norm {
-                struct_size: size_of::<forge_norm>() as u32,
-                method: used as u32,
-                sum_of_squares: norm.sum_of_squares,
-                nonfinite: u32::from(!norm.sum_of_squares.is_finite()),
-                reserved: 0,
-            };
-            Ok(())
-        }
-    })
+    let call = NormCall { linear, segments, n_segments, accumulator, method, stream };
+    // SAFETY: as promised by the caller.
+    boundary(|| unsafe { norm(call, out, false) })
+}
+
+/// As forge_linear_norm, with the result in the backend's memory, written whole when the work runs:
+/// the host does not wait.
+///
+/// # Safety
+/// As forge_linear_backward; `device_out` is writable in the backend's memory until the work is done.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_norm_async(
+    linear: *mut forge_linear,
+    segments: *const forge_segment,
+    n_segments: u32,
+    accumulator: forge_const_buffer,
+    method: u32,
+    device_out: *mut forge_norm,
+    stream: *mut c_void,
+) -> forge_status {
+    let call = NormCall { linear, segments, n_segments, accumulator, method, stream };
+    // SAFETY: as promised by the caller.
+    boundary(|| unsafe { norm(call, device_out, true) })
 }
 
 /// Checks and runs an export (`out` written) or an import.
@@ -353,11 +445,14 @@ unsafe fn image(
     image: impl FnOnce(&Linear) -> Result<Image>,
     fp32: (*mut c_void, u64),
     export: bool,
+    stream: *mut c_void,
 ) -> Result<()> {
     // SAFETY: as promised by the caller.
     unsafe {
         let forge_linear { linear, layout } = handle("linear", linear)?;
         let image = image(linear)?;
+        let stream = Stream(stream);
+        linear.backend.check_stream(stream)?;
         let mut check = Checker::new(&*linear.backend);
         let arrays = check.arrays(&read_parameter(parameter)?, layout, !export)?;
         let (data, bytes) = (fp32.0.cast::<u8>(), fp32.1);
@@ -366,11 +461,10 @@ unsafe fn image(
         check.array("fp32", data, bytes, &plain, export)?;
         check.finish()?;
         if export {
-            linear.export(&arrays, image, data.cast());
+            linear.export(&arrays, image, data.cast(), stream)
         } else {
-            linear.import(&arrays, image, data.cast());
+            linear.import(&arrays, image, data.cast(), stream)
         }
-        Ok(())
     }
 }
 
@@ -393,10 +487,11 @@ pub unsafe extern "C" fn forge_linear_export_weight(
     linear: *const forge_linear,
     parameter: *const forge_parameter,
     fp32: forge_buffer,
+    stream: *mut c_void,
 ) -> forge_status {
     // SAFETY: as promised by the caller.
     boundary(|| unsafe {
-        image(linear, parameter, |_| Ok(Image::Weight), (fp32.data, fp32.bytes), true)
+        image(linear, parameter, |_| Ok(Image::Weight), (fp32.data, fp32.bytes), true, stream)
     })
 }
 
@@ -409,10 +504,11 @@ pub unsafe extern "C" fn forge_linear_import_weight(
     linear: *const forge_linear,
     parameter: *const forge_parameter,
     fp32: forge_const_buffer,
+    stream: *mut c_void,
 ) -> forge_status {
     let fp32 = (fp32.data.cast_mut(), fp32.bytes);
     // SAFETY: as promised by the caller; an import only reads it.
-    boundary(|| unsafe { image(linear, parameter, |_| Ok(Image::Weight), fp32, false) })
+    boundary(|| unsafe { image(linear, parameter, |_| Ok(Image::Weight), fp32, false, stream) })
 }
 
 /// Writes state `index` as fp32 [out_local, in_local].
@@ -425,10 +521,11 @@ pub unsafe extern "C" fn forge_linear_export_state(
     parameter: *const forge_parameter,
     index: u32,
     fp32: forge_buffer,
+    stream: *mut c_void,
 ) -> forge_status {
     // SAFETY: as promised by the caller.
     boundary(|| unsafe {
-        image(linear, parameter, state_image(index), (fp32.data, fp32.bytes), true)
+        image(linear, parameter, state_image(index), (fp32.data, fp32.bytes), true, stream)
     })
 }
 
@@ -442,8 +539,9 @@ pub unsafe extern "C" fn forge_linear_import_state(
     parameter: *const forge_parameter,
     index: u32,
     fp32: forge_const_buffer,
+    stream: *mut c_void,
 ) -> forge_status {
     let fp32 = (fp32.data.cast_mut(), fp32.bytes);
     // SAFETY: as promised by the caller; an import only reads it.
-    boundary(|| unsafe { image(linear, parameter, state_image(index), fp32, false) })
+    boundary(|| unsafe { image(linear, parameter, state_image(index), fp32, false, stream) })
 }

@@ -53,10 +53,13 @@ pub struct forge_context_config {
     pub struct_size: u32,
     /// A forge_backend.
     pub backend: u32,
-    /// Index of the device; 0 for the CPU.
+    /// Index of the GPU, as CUDA counts; 0 for the CPU.
     pub device: i32,
     /// Threads of the CPU backend; 0: one for each core that the process may use.
     pub threads: u32,
+    /// CUDA: directory of compiled kernels, copied; made if it is not there. NULL: `$FORGE_CACHE_DIR`,
+    /// else `$XDG_CACHE_HOME/forge`, else `~/.cache/forge`.
+    pub cache_dir: *const c_char,
 }
 
 /// What a rule is.
@@ -259,7 +262,8 @@ pub struct forge_step {
     pub reserved: u32,
     /// Used when device_scalars is NULL.
     pub scalars: forge_step_scalars,
-    /// In the backend's memory, read when the work runs; NULL: use `scalars`.
+    /// In the backend's memory, read when the work runs; NULL: use `scalars`. CUDA does not check them
+    /// against the rule's ranges.
     pub device_scalars: *const forge_step_scalars,
 }
 
@@ -311,6 +315,8 @@ pub struct forge_backward {
     pub parameter: *const forge_parameter,
     /// Of UPDATE; else NULL.
     pub step: *const forge_step,
+    /// In the backend's memory, written whole when an UPDATE runs; NULL: none.
+    pub device_report: *mut forge_report,
 }
 
 /// One fused update over kept factors.
@@ -329,6 +335,8 @@ pub struct forge_update {
     pub parameter: *const forge_parameter,
     /// Scalars.
     pub step: *const forge_step,
+    /// In the backend's memory, written whole when the work runs; NULL: none.
+    pub device_report: *mut forge_report,
 }
 
 /// A norm without a gradient.

@@ -7,11 +7,11 @@ pub use plan::{Plan, PlanRequest, Schedule};
 pub use shape::{ArrayLayout, Layout, Parallel, Shape};
 
 use crate::backend::{
-    Accumulator, Arrays, Backend, Factors, Image, Matrix, Norm, NormMethod, Report, Scheme, Step,
+    Accumulator, Arrays, Backend, Deliver, Factors, Image, Matrix, Norm, NormMethod, Report,
+    Scheme, StepSource, Stream,
 };
 use crate::comm::Comm;
 use crate::error::Result;
-use crate::rule::StepScalars;
 use std::sync::Arc;
 
 /// A linear: immutable after creation; the arrays are the caller's and come with each call.
@@ -32,7 +32,7 @@ pub enum Mode {
     /// Consume it: the schedule `immediate`, or the last micro-batch of `accumulate`.
     Update {
         /// Scalars of the step.
-        scalars: StepScalars,
+        step: StepSource,
         /// Earlier micro-batches' sum.
         accumulator: Option<Accumulator>,
     },
@@ -60,10 +60,15 @@ pub struct Backward {
     pub arrays: Arrays,
     /// What happens to dW.
     pub mode: Mode,
+    /// Where the report of an update is wanted.
+    pub deliver: Deliver,
+    /// What orders the work.
+    pub stream: Stream,
 }
 
 impl Linear {
-    /// The whole backward, in the one order there is:
+    /// The whole backward, in the one order there is. Returns the report of an update, if wanted.
+    ///
     ///
     /// | | before the update | beside it |
     /// |---|---|---|
@@ -74,7 +79,7 @@ impl Linear {
     ///
     /// # Safety
     /// All pointers are valid for the shapes, and those written overlap no other.
-    pub unsafe fn backward(&self, b: &Backward) -> Result<Report> {
+    pub unsafe fn backward(&self, b: &Backward) -> Result<Option<Report>> {
         let Self { backend, comm, shape, scheme } = self;
         let (shard, dtype) = (&shape.shard, scheme.factor_dtype);
         let local_tokens = shape.local_tokens(b.tokens);
@@ -103,7 +108,8 @@ impl Linear {
             //    collective leaves the weights as they were.
             if let Some(dx) = b.dx {
                 let partial = if shape.scatters_dx() { reduced_dx } else { dx };
-                backend.dgrad(scheme, shard, b.tokens, factors.dy, b.arrays.weight, partial);
+                let w = b.arrays.weight;
+                backend.dgrad(scheme, shard, b.tokens, factors.dy, w, partial, b.stream)?;
                 comm.wait()?;
                 if shape.scatters_dx() && b.tokens > 0 {
                     comm.reduce_scatter(partial, dx, local_tokens * shard.cols, dtype)?;
@@ -114,18 +120,19 @@ impl Linear {
                 comm.wait()?;
             }
             if let Some(dbias) = b.dbias {
-                backend.bias_grad(scheme, shard, b.tokens, factors.dy, dbias);
+                backend.bias_grad(scheme, shard, b.tokens, factors.dy, dbias, b.stream)?;
             }
             // 3. dW, beside the reduction of dX.
             let report = match b.mode {
-                Mode::Update { scalars, accumulator } => {
-                    self.update(&[factors], accumulator, &b.arrays, &scalars)
+                Mode::Update { step, accumulator } => {
+                    let (arrays, deliver) = (&b.arrays, b.deliver);
+                    self.update(&[factors], accumulator, arrays, &step, deliver, b.stream)?
                 }
                 Mode::Accumulate(buffer) => {
-                    backend.accumulate(scheme, shard, &[factors], buffer);
-                    Report::default()
+                    backend.accumulate(scheme, shard, &[factors], buffer, b.stream)?;
+                    None
                 }
-                Mode::Keep => Report::default(),
+                Mode::Keep => None,
             };
             comm.wait()?;
             Ok(report)
@@ -141,33 +148,41 @@ impl Linear {
         factors: &[Factors],
         accumulator: Option<Accumulator>,
         arrays: &Arrays,
-        scalars: &StepScalars,
-    ) -> Report {
+        step: &StepSource,
+        deliver: Deliver,
+        stream: Stream,
+    ) -> Result<Option<Report>> {
         let Self { backend, shape, scheme, .. } = self;
-        let step = Step::new(scheme, scalars);
+        let shard = &shape.shard;
         // SAFETY: as promised by the caller.
-        let report =
-            unsafe { backend.update(scheme, &shape.shard, factors, accumulator, arrays, &step) };
-        if report.nonfinite_tiles > 0 {
+        let report = unsafe {
+            backend.update(scheme, shard, factors, accumulator, arrays, step, deliver, stream)?
+        };
+        if let Some(report) = report.filter(|r| r.nonfinite_tiles > 0) {
             tracing::warn!(
                 target: "forge",
-                "parameter {}: {} of {} tiles had a non-finite gradient at step {} and were left as they were",
+                "parameter {}: {} of {} tiles had a non-finite gradient and were left as they were",
                 scheme.parameter_id,
                 report.nonfinite_tiles,
-                report.tiles,
-                scalars.step
+                report.tiles
             );
         }
-        report
+        Ok(report)
     }
 
     /// `accumulator += Σ dYᵀX`.
     ///
     /// # Safety
     /// As [`Linear::backward`].
-    pub unsafe fn accumulate(&self, factors: &[Factors], accumulator: Accumulator) {
+    pub unsafe fn accumulate(
+        &self,
+        factors: &[Factors],
+        accumulator: Accumulator,
+        stream: Stream,
+    ) -> Result<()> {
+        let shard = &self.shape.shard;
         // SAFETY: as promised by the caller.
-        unsafe { self.backend.accumulate(&self.scheme, &self.shape.shard, factors, accumulator) }
+        unsafe { self.backend.accumulate(&self.scheme, shard, factors, accumulator, stream) }
     }
 
     /// `‖Σ dYᵀX (+ accumulator)‖²` of this shard.
@@ -179,36 +194,60 @@ impl Linear {
         factors: &[Factors],
         accumulator: Option<Accumulator>,
         method: NormMethod,
-    ) -> Norm {
-        let shard = &self.shape.shard;
+        deliver: Deliver,
+        stream: Stream,
+    ) -> Result<Option<Norm>> {
+        let (scheme, shard) = (&self.scheme, &self.shape.shard);
         // SAFETY: as promised by the caller.
-        unsafe { self.backend.norm(&self.scheme, shard, factors, accumulator, method) }
+        unsafe { self.backend.norm(scheme, shard, factors, accumulator, method, deliver, stream) }
     }
 
     /// `dX = dY · W`, no communication.
     ///
     /// # Safety
     /// As [`Linear::backward`].
-    pub unsafe fn dgrad(&self, tokens: usize, dy: Matrix, weight: *const u8, dx: *mut u8) {
+    pub unsafe fn dgrad(
+        &self,
+        tokens: usize,
+        dy: Matrix,
+        weight: *const u8,
+        dx: *mut u8,
+        stream: Stream,
+    ) -> Result<()> {
+        let (scheme, shard) = (&self.scheme, &self.shape.shard);
         // SAFETY: as promised by the caller.
-        unsafe { self.backend.dgrad(&self.scheme, &self.shape.shard, tokens, dy, weight, dx) }
+        unsafe { self.backend.dgrad(scheme, shard, tokens, dy, weight, dx, stream) }
     }
 
     /// An array as fp32.
     ///
     /// # Safety
     /// As [`Linear::backward`].
-    pub unsafe fn export(&self, arrays: &Arrays, image: Image, out: *mut f32) {
+    pub unsafe fn export(
+        &self,
+        arrays: &Arrays,
+        image: Image,
+        out: *mut f32,
+        stream: Stream,
+    ) -> Result<()> {
+        let (scheme, shard) = (&self.scheme, &self.shape.shard);
         // SAFETY: as promised by the caller.
-        unsafe { self.backend.export(&self.scheme, &self.shape.shard, arrays, image, out) }
+        unsafe { self.backend.export(scheme, shard, arrays, image, out, stream) }
     }
 
     /// An array from fp32.
     ///
     /// # Safety
     /// As [`Linear::backward`].
-    pub unsafe fn import(&self, arrays: &Arrays, image: Image, values: *const f32) {
+    pub unsafe fn import(
+        &self,
+        arrays: &Arrays,
+        image: Image,
+        values: *const f32,
+        stream: Stream,
+    ) -> Result<()> {
+        let (scheme, shard) = (&self.scheme, &self.shape.shard);
         // SAFETY: as promised by the caller.
-        unsafe { self.backend.import(&self.scheme, &self.shape.shard, arrays, image, values) }
+        unsafe { self.backend.import(scheme, shard, arrays, image, values, stream) }
     }
 }

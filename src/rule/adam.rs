@@ -60,6 +60,7 @@ impl Rule for Adam {
         hyper: &[Hyper::lr(1e-3), Hyper::weight_decay(0.0), BETA1_SPEC, BETA2_SPEC, EPS_SPEC],
         states: STATES,
         flags: MAXIMIZE,
+        cuda: "forge::Adam",
     };
 
     fn constants(step: &StepScalars, _flags: u32) -> Constants {
@@ -78,6 +79,7 @@ impl Rule for AdamW {
         hyper: &[Hyper::lr(1e-3), Hyper::weight_decay(1e-2), BETA1_SPEC, BETA2_SPEC, EPS_SPEC],
         states: STATES,
         flags: MAXIMIZE,
+        cuda: "forge::AdamW",
     };
 
     fn constants(step: &StepScalars, _flags: u32) -> Constants {

@@ -25,6 +25,7 @@ impl Rule for Lion {
         ],
         states: &[State { name: c"exp_avg", kind: StateKind::Signed }],
         flags: MAXIMIZE,
+        cuda: "forge::Lion",
     };
 
     fn constants(step: &StepScalars, _flags: u32) -> Constants {

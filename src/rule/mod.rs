@@ -79,6 +79,8 @@ pub struct RuleInfo {
     pub states: &'static [State],
     /// The flags that it takes.
     pub flags: u32,
+    /// Its C++ type in `kernels/rules.cuh`.
+    pub cuda: &'static str,
 }
 
 /// The constants of one step, as its [`Rule::update`] wants them.

@@ -24,6 +24,7 @@ impl Rule for Sgd {
         ],
         states: &[State { name: c"momentum_buffer", kind: StateKind::Signed }],
         flags: MAXIMIZE | NESTEROV | MOMENTUM,
+        cuda: "forge::SgdRule<FORGE_RULE_FLAGS>",
     };
 
     fn states(flags: u32) -> usize {

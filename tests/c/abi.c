@@ -12,7 +12,7 @@ static void check_sizes(void) {
     HAS_SIZE(forge_status, 4);
     HAS_SIZE(forge_buffer, 16);
     HAS_SIZE(forge_const_buffer, 16);
-    HAS_SIZE(forge_context_config, 16);
+    HAS_SIZE(forge_context_config, 24);
     HAS_SIZE(forge_host_collectives, 48);
     HAS_SIZE(forge_linear_config, 80);
     HAS_SIZE(forge_array_layout, 32);
@@ -20,10 +20,10 @@ static void check_sizes(void) {
     HAS_SIZE(forge_parameter, 8 + 8 * 16);
     HAS_SIZE(forge_step_scalars, 24 + 16 * 8);
     HAS_SIZE(forge_step, 8 + 152 + 8);
-    HAS_SIZE(forge_backward, 16 + 2 * 16 + 2 * 8 + 4 * 16 + 2 * 8);
+    HAS_SIZE(forge_backward, 16 + 2 * 16 + 2 * 8 + 4 * 16 + 3 * 8);
     HAS_SIZE(forge_report, 32);
     HAS_SIZE(forge_segment, 56);
-    HAS_SIZE(forge_update, 16 + 16 + 16);
+    HAS_SIZE(forge_update, 16 + 16 + 3 * 8);
     HAS_SIZE(forge_norm, 24);
     HAS_SIZE(forge_plan_request, 24);
     HAS_SIZE(forge_plan, 32 + 256);
@@ -82,7 +82,7 @@ static void list_rules(void) {
 }
 
 int main(void) {
-    forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 1};
+    forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 1, NULL};
     forge_linear_config linear_config;
     forge_context *context = NULL;
     forge_comm *comm = NULL;

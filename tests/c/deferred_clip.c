@@ -188,11 +188,11 @@ static double largest_difference(const float *a, const double *b) {
 static void check_round_trip(forge_linear *linear, const forge_parameter *parameter) {
     static float image[SIZE];
     forge_parameter copy = parameter_new(linear);
-    OK(forge_linear_export_weight(linear, parameter, writable(image)));
-    OK(forge_linear_import_weight(linear, &copy, readable(image)));
+    OK(forge_linear_export_weight(linear, parameter, writable(image), NULL));
+    OK(forge_linear_import_weight(linear, &copy, readable(image), NULL));
     for (uint32_t k = 0; k < 2; k++) {
-        OK(forge_linear_export_state(linear, parameter, k, writable(image)));
-        OK(forge_linear_import_state(linear, &copy, k, readable(image)));
+        OK(forge_linear_export_state(linear, parameter, k, writable(image), NULL));
+        OK(forge_linear_import_state(linear, &copy, k, readable(image), NULL));
     }
     REQUIRE(same_bytes(parameter->weight, copy.weight));
     REQUIRE(same_bytes(parameter->weight_extra, copy.weight_extra));
@@ -219,7 +219,7 @@ static void run(forge_context *context, forge_comm *comm, const char *name, uint
         expected.w[i] = weight[i];
     }
     OK(forge_linear_import_weight(linear, &parameter, readable(weight)));
-    OK(forge_linear_export_weight(linear, &parameter, writable(image)));
+    OK(forge_linear_export_weight(linear, &parameter, writable(image), NULL));
     /* Both formats here hold a whole fp32 master. */
     REQUIRE(memcmp(weight, image, sizeof weight) == 0);
 
@@ -229,7 +229,7 @@ static void run(forge_context *context, forge_comm *comm, const char *name, uint
         const double norm = forge_clipped_step(linear, &parameter, dy, x, t);
         const double reference_norm = reference_step(&expected, dy, x, t);
         REQUIRE(fabs(norm / reference_norm - 1.0) < 1e-5);
-        OK(forge_linear_export_weight(linear, &parameter, writable(image)));
+        OK(forge_linear_export_weight(linear, &parameter, writable(image), NULL));
         difference = largest_difference(image, expected.w);
         REQUIRE(difference < (t == 1 ? tolerance_first : tolerance_last));
     }
@@ -240,7 +240,7 @@ static void run(forge_context *context, forge_comm *comm, const char *name, uint
 }
 
 int main(void) {
-    forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 2};
+    forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 2, NULL};
     forge_context *context = NULL;
     forge_comm *comm = NULL;
     OK(forge_context_new(&config, &context));

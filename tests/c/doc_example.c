@@ -46,7 +46,7 @@ int main(void) {
         return 1;
 
     /* 1. Once: a context (threads), a communicator (here: alone), a linear. */
-    forge_context_config context_config = {sizeof context_config, FORGE_BACKEND_CPU, 0, 2};
+    forge_context_config context_config = {sizeof context_config, FORGE_BACKEND_CPU, 0, 2, NULL};
     forge_context *context = NULL;
     check(forge_context_new(&context_config, &context), "forge_context_new");
     forge_comm *comm = NULL;

@@ -128,7 +128,7 @@ static forge_backward backward(const forge_parameter *p, const forge_step *s) {
 }
 
 static void creation(void) {
-    forge_context_config context_config = {sizeof context_config, FORGE_BACKEND_CUDA, 0, 1};
+    forge_context_config context_config = {sizeof context_config, FORGE_BACKEND_CUDA, 0, 1, NULL};
     forge_linear_config c;
     forge_host_collectives host;
 
@@ -274,7 +274,7 @@ static void calls(void) {
     EXPECT(FORGE_ERROR_ENUM, "method",
            forge_linear_norm(linear, &segment, 1, none, 3, &memory.norm_out, NULL));
     const forge_buffer fp32 = {memory.fp32, sizeof memory.fp32};
-    EXPECT(FORGE_ERROR_STATE_INDEX, "index", forge_linear_export_state(linear, &p, 2, fp32));
+    EXPECT(FORGE_ERROR_STATE_INDEX, "index", forge_linear_export_state(linear, &p, 2, fp32, NULL));
 }
 
 static void a_failing_collective(void) {

@@ -218,7 +218,7 @@ Result train(forge_linear *linear, const Case &c, int rank, const Problem &probl
     parameter.weight = {weight.data(), weight.size()};
     parameter.states[0] = {momentum.data(), momentum.size()};
     const auto shard = cut(problem.weight, IN, r0, r1, c0, c1);
-    OK(forge_linear_import_weight(linear, &parameter, readable(shard)));
+    OK(forge_linear_import_weight(linear, &parameter, readable(shard), nullptr));
 
     // Tokens of this rank between the layers, of the factor that SP shares out.
     const bool column = c.parallel == FORGE_PARALLEL_COLUMN, row = c.parallel == FORGE_PARALLEL_ROW;
@@ -265,8 +265,8 @@ Result train(forge_linear *linear, const Case &c, int rank, const Problem &probl
 
     result.weight.resize(layout.out_local * layout.in_local);
     result.momentum.resize(result.weight.size());
-    OK(forge_linear_export_weight(linear, &parameter, writable(result.weight)));
-    OK(forge_linear_export_state(linear, &parameter, 0, writable(result.momentum)));
+    OK(forge_linear_export_weight(linear, &parameter, writable(result.weight), nullptr));
+    OK(forge_linear_export_state(linear, &parameter, 0, writable(result.momentum), nullptr));
     return result;
 }
 
@@ -407,7 +407,7 @@ void check_log(forge_context *context, Problem problem) {
 } // namespace
 
 int main() {
-    forge_context_config config{sizeof config, FORGE_BACKEND_CPU, 0, 2};
+    forge_context_config config{sizeof config, FORGE_BACKEND_CPU, 0, 2, nullptr};
     forge_context *context = nullptr;
     OK(forge_context_new(&config, &context));
     const Context context_owner(context);

@@ -166,7 +166,7 @@ int main(void) {
     static float hidden[SAMPLES * HIDDEN], dhidden[SAMPLES * HIDDEN], dy[SAMPLES * OUT];
     static layer first, second;
     static reference ref1, ref2;
-    forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 2};
+    forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 2, NULL};
     forge_context *context = NULL;
     forge_comm *comm = NULL;
     uint64_t seed = 1;

@@ -2,7 +2,10 @@
 #![allow(dead_code)]
 
 use forge::backend::cpu::Cpu;
-use forge::backend::{Accumulator, Arrays, Factors, Image, Matrix, Scheme};
+use forge::backend::{
+    Accumulator, Arrays, Deliver, Factors, Image, Matrix, Norm, NormMethod, Report, Scheme,
+    StepSource, Stream,
+};
 use forge::comm::Solo;
 use forge::format::{Dtype, Rounding, StateFormat, WeightFormat, bf16};
 use forge::linear::{ArrayLayout, Layout, Linear, Parallel, Shape};
@@ -192,7 +195,8 @@ impl Parameter {
     pub fn import_weight(&mut self, values: &[f32]) {
         let arrays = self.arrays();
         // SAFETY: the arrays have the layout's sizes, `values` the shard's.
-        unsafe { self.linear.import(&arrays, Image::Weight, values.as_ptr()) };
+        unsafe { self.linear.import(&arrays, Image::Weight, values.as_ptr(), Stream::NULL) }
+            .unwrap();
     }
 
     pub fn export(&mut self, image: Image) -> Vec<f32> {
@@ -200,16 +204,41 @@ impl Parameter {
         let mut out = vec![0f32; shard.rows * shard.cols];
         let arrays = self.arrays();
         // SAFETY: as above.
-        unsafe { self.linear.export(&arrays, image, out.as_mut_ptr()) };
+        unsafe { self.linear.export(&arrays, image, out.as_mut_ptr(), Stream::NULL) }.unwrap();
         out
     }
 
     pub fn update(&mut self, factors: &[Factors], buffer: Option<&mut [f32]>, s: &StepScalars) {
         let arrays = self.arrays();
         let buffer = buffer.map(|b| Accumulator(b.as_mut_ptr()));
-        // SAFETY: sizes as above, factors by construction.
-        let report = unsafe { self.linear.update(factors, buffer, &arrays, s) };
-        assert_eq!(report.nonfinite_tiles, 0);
+        assert_eq!(self.report(factors, buffer, &arrays, s).nonfinite_tiles, 0);
+    }
+
+    pub fn report(
+        &self,
+        factors: &[Factors],
+        buffer: Option<Accumulator>,
+        arrays: &Arrays,
+        s: &StepScalars,
+    ) -> Report {
+        let step = StepSource::new(&self.linear.scheme, s);
+        let (deliver, stream) = (Deliver::HOST, Stream::NULL);
+        // SAFETY: the arrays have the layout's sizes, factors by construction.
+        let report = unsafe { self.linear.update(factors, buffer, arrays, &step, deliver, stream) };
+        report.unwrap().unwrap()
+    }
+
+    pub fn accumulate(&self, factors: &[Factors], buffer: &mut [f32]) {
+        let buffer = Accumulator(buffer.as_mut_ptr());
+        // SAFETY: as above.
+        unsafe { self.linear.accumulate(factors, buffer, Stream::NULL) }.unwrap();
+    }
+
+    pub fn norm(&self, factors: &[Factors], method: NormMethod) -> Norm {
+        let (deliver, stream) = (Deliver::HOST, Stream::NULL);
+        // SAFETY: as above.
+        let norm = unsafe { self.linear.norm(factors, None, method, deliver, stream) };
+        norm.unwrap().unwrap()
     }
 
     pub fn update_two_phase(&mut self, cpu: &Cpu, factors: &[Factors], s: &StepScalars) {

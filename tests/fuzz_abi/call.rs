@@ -592,18 +592,18 @@ impl Call {
                 }
                 Op::CheckStep => forge_linear_check_step(linear, step),
                 Op::ExportWeight => {
-                    forge_linear_export_weight(linear, parameter, self.mutable(Role::Fp32))
+                    forge_linear_export_weight(linear, parameter, self.mutable(Role::Fp32), stream)
                 }
                 Op::ImportWeight => {
-                    forge_linear_import_weight(linear, parameter, self.constant(Role::Fp32))
+                    forge_linear_import_weight(linear, parameter, self.constant(Role::Fp32), stream)
                 }
                 Op::ExportState => {
                     let fp32 = self.mutable(Role::Fp32);
-                    forge_linear_export_state(linear, parameter, self.index, fp32)
+                    forge_linear_export_state(linear, parameter, self.index, fp32, stream)
                 }
                 Op::ImportState => {
                     let fp32 = self.constant(Role::Fp32);
-                    forge_linear_import_state(linear, parameter, self.index, fp32)
+                    forge_linear_import_state(linear, parameter, self.index, fp32, stream)
                 }
             }
         }

@@ -91,7 +91,7 @@ fn context(random: &mut Random, tally: &mut Tally, spoilt: bool) {
                 wrong(FORGE_ERROR_NULL, "config")
             }
             2 => {
-                config.struct_size = random.pick(&[0, 15, 17, u32::MAX]);
+                config.struct_size = random.pick(&[0, 16, 23, 25, u32::MAX]);
                 wrong(FORGE_ERROR_STRUCT_SIZE, "config")
             }
             3 => {

@@ -13,8 +13,8 @@ pub use gemm::CHUNK;
 pub use tile::{Grid, Tile};
 
 use super::{
-    Accumulator, Arrays, Backend, Factors, Image, Matrix, Norm, NormMethod, Report, Scheme, Shard,
-    Step,
+    Accumulator, Arrays, Backend, Deliver, Factors, Image, Matrix, Norm, NormMethod, Report,
+    Scheme, Shard, Step, StepSource, Stream,
 };
 use crate::error::{Error, Result, bail, forge_status};
 use crate::format::{Dtype, store_factor};
@@ -86,11 +86,38 @@ impl Cpu {
         let mut gradient = vec![0.0f32; shard.rows * shard.cols];
         // SAFETY: as promised by the caller.
         unsafe {
-            self.accumulate(scheme, shard, factors, Accumulator(gradient.as_mut_ptr()));
+            self.add_products(scheme, shard, factors, Accumulator(gradient.as_mut_ptr()));
             let whole = Tile { row: 0, col: 0, rows: shard.rows, cols: shard.cols };
             let update = TileUpdate { scheme, shard, arrays, step };
             apply_tile(update, whole, &mut gradient, shard.cols);
         }
+    }
+
+    /// `accumulator += Σ dYᵀX`.
+    ///
+    /// # Safety
+    /// As [`Backend::accumulate`].
+    unsafe fn add_products(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Accumulator,
+    ) {
+        let grid = Grid::new(shard.rows, shard.cols, self.threads);
+        self.for_each(grid.tiles(), |index, scratch| {
+            let tile = grid.tile(index);
+            let old = Some(accumulator);
+            // SAFETY: as promised by the caller; tiles are disjoint.
+            unsafe {
+                gemm::wgrad_tile(scheme.factor_dtype, shard, factors, old, tile, scratch);
+                for (row, sums) in scratch.tile.chunks_exact(tile.cols).enumerate() {
+                    let at = (tile.row + row) * shard.cols + tile.col;
+                    std::slice::from_raw_parts_mut(accumulator.get().add(at), tile.cols)
+                        .copy_from_slice(sums);
+                }
+            }
+        });
     }
 
     /// Σ over tiles of the squares of dW, tile by tile in scratch.
@@ -149,7 +176,7 @@ pub fn gram_is_cheaper(shard: &Shard, tokens: usize) -> bool {
 }
 
 impl Backend for Cpu {
-    fn check_stream(&self, stream: *mut std::ffi::c_void) -> Result<()> {
+    fn check_stream(&self, Stream(stream): Stream) -> Result<()> {
         if !stream.is_null() {
             bail!(FORGE_ERROR_STREAM, "stream: {stream:p} given to the CPU backend; pass NULL");
         }
@@ -160,6 +187,10 @@ impl Backend for Cpu {
         element_bytes
     }
 
+    fn memory_is_host(&self) -> bool {
+        true
+    }
+
     unsafe fn update(
         &self,
         scheme: &Scheme,
@@ -167,8 +198,13 @@ impl Backend for Cpu {
         factors: &[Factors],
         accumulator: Option<Accumulator>,
         arrays: &Arrays,
-        step: &Step,
-    ) -> Report {
+        step: &StepSource,
+        _deliver: Deliver,
+        _stream: Stream,
+    ) -> Result<Option<Report>> {
+        let StepSource::Value(step) = step else {
+            bail!(FORGE_ERROR_UNSUPPORTED, "step: the CPU backend reads scalars by value");
+        };
         let grid = Grid::new(shard.rows, shard.cols, self.threads);
         let update = TileUpdate { scheme, shard, arrays, step };
         let sums = self.for_each(grid.tiles(), |index, scratch| {
@@ -188,11 +224,11 @@ impl Backend for Cpu {
                 (squares, finite)
             }
         });
-        Report {
+        Ok(Some(Report {
             tiles: sums.len() as u64,
             nonfinite_tiles: sums.iter().filter(|(_, finite)| !finite).count() as u64,
             sum_of_squares: sums.iter().map(|(squares, _)| squares).sum(),
-        }
+        }))
     }
 
     unsafe fn accumulate(
@@ -201,21 +237,11 @@ impl Backend for Cpu {
         shard: &Shard,
         factors: &[Factors],
         accumulator: Accumulator,
-    ) {
-        let grid = Grid::new(shard.rows, shard.cols, self.threads);
-        self.for_each(grid.tiles(), |index, scratch| {
-            let tile = grid.tile(index);
-            let old = Some(accumulator);
-            // SAFETY: as promised by the caller; tiles are disjoint.
-            unsafe {
-                gemm::wgrad_tile(scheme.factor_dtype, shard, factors, old, tile, scratch);
-                for (row, sums) in scratch.tile.chunks_exact(tile.cols).enumerate() {
-                    let at = (tile.row + row) * shard.cols + tile.col;
-                    std::slice::from_raw_parts_mut(accumulator.get().add(at), tile.cols)
-                        .copy_from_slice(sums);
-                }
-            }
-        });
+        _stream: Stream,
+    ) -> Result<()> {
+        // SAFETY: as promised by the caller.
+        unsafe { self.add_products(scheme, shard, factors, accumulator) };
+        Ok(())
     }
 
     unsafe fn norm(
@@ -225,7 +251,9 @@ impl Backend for Cpu {
         factors: &[Factors],
         accumulator: Option<Accumulator>,
         method: NormMethod,
-    ) -> Norm {
+        _deliver: Deliver,
+        _stream: Stream,
+    ) -> Result<Option<Norm>> {
         let tokens = factors.iter().map(|f| f.tokens).sum();
         let try_gram = accumulator.is_none()
             && match method {
@@ -236,10 +264,10 @@ impl Backend for Cpu {
         // SAFETY: as promised by the caller.
         unsafe {
             if try_gram && let Some(sum) = self.norm_of_grams(scheme, shard, factors) {
-                return Norm { method: NormMethod::Gram, sum_of_squares: sum };
+                return Ok(Some(Norm { method: NormMethod::Gram, sum_of_squares: sum }));
             }
             let sum = self.norm_of_tiles(scheme, shard, factors, accumulator);
-            Norm { method: NormMethod::Tiles, sum_of_squares: sum }
+            Ok(Some(Norm { method: NormMethod::Tiles, sum_of_squares: sum }))
         }
     }
 
@@ -251,7 +279,8 @@ impl Backend for Cpu {
         dy: Matrix,
         weight: *const u8,
         dx: *mut u8,
-    ) {
+        _stream: Stream,
+    ) -> Result<()> {
         let dtype = scheme.factor_dtype;
         let (weight, dx) = (Shared(weight.cast_mut()), Shared(dx));
         let weight_dtype = scheme.weight_format.model_dtype();
@@ -282,7 +311,7 @@ impl Backend for Cpu {
                     );
                 }
             });
-            return;
+            return Ok(());
         }
         let grid = Grid::new(tokens, shard.cols, self.threads);
         self.for_each(grid.tiles(), |index, scratch| {
@@ -309,6 +338,7 @@ impl Backend for Cpu {
                 }
             }
         });
+        Ok(())
     }
 
     unsafe fn bias_grad(
@@ -318,7 +348,8 @@ impl Backend for Cpu {
         tokens: usize,
         dy: Matrix,
         dbias: *mut u8,
-    ) {
+        _stream: Stream,
+    ) -> Result<()> {
         let dtype = scheme.factor_dtype;
         let width = tile::MAX_TILE;
         let dbias = Shared(dbias);
@@ -341,6 +372,7 @@ impl Backend for Cpu {
             // SAFETY: as promised by the caller; column ranges are disjoint.
             unsafe { store_factor(dtype, dbias.get().add(col * dtype.bytes()), &scratch.tile) };
         });
+        Ok(())
     }
 
     unsafe fn export(
@@ -350,12 +382,14 @@ impl Backend for Cpu {
         arrays: &Arrays,
         image: Image,
         out: *mut f32,
-    ) {
+        _stream: Stream,
+    ) -> Result<()> {
         let out = Accumulator(out);
         self.for_each(shard.rows, |row, _| {
             // SAFETY: as promised by the caller; rows are disjoint.
             unsafe { image::export_row(scheme, shard, arrays, image, row, out.get()) };
         });
+        Ok(())
     }
 
     unsafe fn import(
@@ -365,12 +399,14 @@ impl Backend for Cpu {
         arrays: &Arrays,
         image: Image,
         values: *const f32,
-    ) {
+        _stream: Stream,
+    ) -> Result<()> {
         let values = Accumulator(values.cast_mut());
         self.for_each(shard.rows, |row, _| {
             // SAFETY: as promised by the caller; rows are disjoint.
             unsafe { image::import_row(scheme, shard, arrays, image, row, values.get()) };
         });
+        Ok(())
     }
 }
 

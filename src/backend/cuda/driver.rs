@@ -1,0 +1,286 @@
+//! The CUDA driver: loading it, its errors as sentences, a device's primary context, and the handful
+//! of calls that the backend makes. Everything is enqueued on the caller's stream.
+
+use super::super::Stream;
+use crate::error::{Error, Result, bail, forge_status};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
+use cudarc::driver::{CudaContext, DriverError};
+use std::ffi::{CStr, c_void};
+use std::sync::Arc;
+
+/// An address in device memory.
+pub type DevicePtr = sys::CUdeviceptr;
+
+/// The oldest driver that will do, as `cuDriverGetVersion` counts: 12.0 is the first that knows Hopper's
+/// tensor maps and the module formats of NVRTC 12.
+const OLDEST_DRIVER: i32 = 12000;
+
+/// Turns a driver call's result into an error with the call's name and CUDA's own text.
+pub fn check(call: &str, result: CUresult) -> Result<()> {
+    if result == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let error = DriverError(result);
+    let text = |s: std::result::Result<&CStr, DriverError>| {
+        s.map_or_else(|_| "?".to_string(), |s| s.to_string_lossy().into_owned())
+    };
+    let (name, meaning) = (text(error.error_name()), text(error.error_string()));
+    bail!(FORGE_ERROR_DEVICE, "CUDA: {call}: {name} ({}): {meaning}", result as u32)
+}
+
+fn check_cudarc<T>(call: &str, result: std::result::Result<T, DriverError>) -> Result<T> {
+    result.map_err(|e| match check(call, e.0) {
+        Err(error) => error,
+        Ok(()) => Error::new(forge_status::FORGE_ERROR_DEVICE, format!("CUDA: {call} failed")),
+    })
+}
+
+/// What a GPU is.
+#[derive(Clone, Debug)]
+pub struct Properties {
+    /// Its ordinal.
+    pub ordinal: i32,
+    /// As NVIDIA calls it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub sm_count: u32,
+    /// Largest dynamic shared memory of a block that opts in, in bytes.
+    pub shared_memory_per_block: u32,
+    /// Bytes of the L2 cache.
+    pub l2_bytes: u32,
+    /// CUDA version of the driver, 1000 · major + 10 · minor.
+    pub driver_version: i32,
+}
+
+/// A GPU's primary context, which frameworks use as well.
+pub struct Device {
+    context: Arc<CudaContext>,
+    /// What it is.
+    pub properties: Properties,
+}
+
+impl Device {
+    /// The GPU of this ordinal.
+    pub fn new(ordinal: i32) -> Result<Self> {
+        // SAFETY: tries to load the library, no more; the rest of cudarc panics without it.
+        if !unsafe { sys::is_culib_present() } {
+            bail!(
+                FORGE_ERROR_NO_BACKEND,
+                "backend: FORGE_BACKEND_CUDA needs NVIDIA's driver, and libcuda.so.1 cannot be \
+                 loaded; install the driver, or use FORGE_BACKEND_CPU"
+            );
+        }
+        if ordinal < 0 {
+            bail!(FORGE_ERROR_SHAPE, "device: {ordinal}; GPUs are counted from 0");
+        }
+        let mut driver_version = 0;
+        // SAFETY: the library is present; the result is a live i32.
+        unsafe {
+            check("cuDriverGetVersion", sys::cuDriverGetVersion(&mut driver_version))?;
+            if driver_version < OLDEST_DRIVER {
+                bail!(
+                    FORGE_ERROR_NO_BACKEND,
+                    "backend: FORGE_BACKEND_CUDA needs a driver of CUDA {} or newer, this one is of \
+                     CUDA {}; update the driver, or use FORGE_BACKEND_CPU",
+                    version(OLDEST_DRIVER),
+                    version(driver_version)
+                );
+            }
+            match sys::cuInit(0) {
+                CUresult::CUDA_SUCCESS => {}
+                result => {
+                    let why = check("cuInit", result).err().map_or(String::new(), |e| e.message);
+                    bail!(
+                        FORGE_ERROR_NO_BACKEND,
+                        "backend: FORGE_BACKEND_CUDA finds no usable GPU: {why}"
+                    );
+                }
+            }
+        }
+        let count = check_cudarc("cuDeviceGetCount", CudaContext::device_count())?;
+        if ordinal >= count {
+            bail!(FORGE_ERROR_SHAPE, "device: {ordinal}; there are {count} GPUs");
+        }
+        // cudarc leaves the context current on this thread; put back what was there.
+        let before = current()?;
+        let context = check_cudarc("cuDevicePrimaryCtxRetain", CudaContext::new(ordinal as usize))?;
+        // SAFETY: a context that was current, or null.
+        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(before) })?;
+        let attribute = |a| check_cudarc("cuDeviceGetAttribute", context.attribute(a));
+        use Attribute::*;
+        let properties = Properties {
+            ordinal,
+            name: check_cudarc("cuDeviceGetName", context.name())?,
+            capability: (
+                attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            sm_count: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+            shared_memory_per_block: attribute(
+                CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )? as u32,
+            l2_bytes: attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as u32,
+            driver_version,
+        };
+        if properties.capability.0 < 8 {
+            bail!(
+                FORGE_ERROR_NO_BACKEND,
+                "device: {ordinal} ({}) has compute capability {}.{}; the kernels need 8.0 or newer",
+                properties.name,
+                properties.capability.0,
+                properties.capability.1
+            );
+        }
+        Ok(Self { context, properties })
+    }
+
+    /// Makes the context this thread's current one until the guard is dropped, so that a caller who
+    /// works on another GPU is not moved to this one.
+    pub fn enter(&self) -> Result<Entered<'_>> {
+        // SAFETY: the context lives as long as `self`.
+        check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(self.context.cu_ctx()) })?;
+        Ok(Entered(std::marker::PhantomData))
+    }
+}
+
+/// `major.minor` of a CUDA version number.
+fn version(number: i32) -> String {
+    format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
+fn current() -> Result<sys::CUcontext> {
+    let mut context = std::ptr::null_mut();
+    // SAFETY: the result is a live pointer.
+    check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&mut context) })?;
+    Ok(context)
+}
+
+/// See [`Device::enter`]. Tied to its thread.
+pub struct Entered<'a>(std::marker::PhantomData<(&'a Device, *mut ())>);
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        let mut popped = std::ptr::null_mut();
+        // SAFETY: pops what `enter` pushed; on failure there is nothing to be done about it.
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut popped) };
+    }
+}
+
+/// A kernel of a loaded module.
+#[derive(Clone, Copy, Debug)]
+pub struct Function(pub sys::CUfunction);
+
+// SAFETY: a handle of the driver, which may be used from any thread.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+/// The addresses of a kernel's parameters, in order; each value must live until the launch returns.
+macro_rules! parameters {
+    ($($value:expr),* $(,)?) => {
+        [$((&raw const $value).cast_mut().cast::<std::ffi::c_void>()),*]
+    };
+}
+pub(crate) use parameters;
+
+/// Enqueues a kernel.
+///
+/// # Safety
+/// The context is current; `parameters` are the addresses of values of the types that the kernel
+/// declares, in its order; what they point to is valid when the kernel runs.
+pub unsafe fn launch(
+    function: Function,
+    grid: [u32; 3],
+    block: u32,
+    shared_bytes: u32,
+    parameters: &mut [*mut c_void],
+    stream: Stream,
+) -> Result<()> {
+    let [x, y, z] = grid;
+    let (parameters, none) = (parameters.as_mut_ptr(), std::ptr::null_mut());
+    // SAFETY: as promised by the caller.
+    let result = unsafe {
+        let stream = stream.0.cast();
+        sys::cuLaunchKernel(
+            function.0,
+            x,
+            y,
+            z,
+            block,
+            1,
+            1,
+            shared_bytes,
+            stream,
+            parameters,
+            none,
+        )
+    };
+    check("cuLaunchKernel", result)
+}
+
+/// Reads a value from device memory; waits for the stream.
+///
+/// # Safety
+/// The context is current; `source` holds a `T`, for which every bit pattern is a value.
+pub unsafe fn read<T: Copy + Default>(source: DevicePtr, stream: Stream) -> Result<T> {
+    let mut value = T::default();
+    let stream: sys::CUstream = stream.0.cast();
+    // SAFETY: as promised by the caller; the wait is what makes `value` complete.
+    unsafe {
+        let target = (&raw mut value).cast();
+        check(
+            "cuMemcpyDtoHAsync",
+            sys::cuMemcpyDtoHAsync_v2(target, source, size_of::<T>(), stream),
+        )?;
+        check("cuStreamSynchronize", sys::cuStreamSynchronize(stream))?;
+    }
+    Ok(value)
+}
+
+/// A description of a tensor for the tensor memory accelerator, passed to a kernel by value as a
+/// `__grid_constant__` parameter of 128 bytes.
+pub type TensorMap = sys::CUtensorMap;
+pub use sys::CUtensorMapDataType as TensorType;
+pub use sys::CUtensorMapSwizzle as Swizzle;
+
+/// Encodes a tiled tensor map. `dims` and `boxes` run from the fastest dimension; `strides` are the
+/// bytes of all dimensions but the fastest. What lies outside arrives as zeros.
+///
+/// # Safety
+/// `data` is 16-byte aligned device memory of these dimensions for as long as the map is used.
+pub unsafe fn tensor_map(
+    element: TensorType,
+    data: DevicePtr,
+    dims: &[u64],
+    strides: &[u64],
+    boxes: &[u32],
+    swizzle: Swizzle,
+) -> Result<TensorMap> {
+    let rank = dims.len();
+    if rank == 0 || rank > 5 || strides.len() + 1 != rank || boxes.len() != rank {
+        bail!(FORGE_ERROR_PANIC, "tensor map: {rank} dimensions, {} strides", strides.len());
+    }
+    let mut map = TensorMap { opaque: [0; 16] };
+    let steps = [1u32; 5];
+    // SAFETY: the slices have `rank` elements (strides one less), checked above.
+    let result = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            element,
+            rank as u32,
+            data as *mut c_void,
+            dims.as_ptr(),
+            strides.as_ptr(),
+            boxes.as_ptr(),
+            steps.as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    check("cuTensorMapEncodeTiled", result)?;
+    Ok(map)
+}

@@ -1,0 +1,78 @@
+//! The rule over an fp32 gradient in memory: `kernels/elementwise.cu`.
+
+use super::super::{Arrays, Scheme, Shard, Stream};
+use super::driver::{DevicePtr, parameters};
+use super::gpu::{Gpu, Kernel};
+use super::parameters::{KernelArrays, KernelShard, KernelStep, Region};
+use super::{grid, sources, specialise};
+use crate::error::Result;
+use crate::format::{StateFormat, WeightFormat};
+
+const THREADS: u32 = 256;
+
+/// A gradient in memory: first element of the region, and elements between rows. Address 0: zeros.
+#[derive(Clone, Copy, Debug)]
+pub struct Gradient {
+    /// First element.
+    pub data: DevicePtr,
+    /// Elements from one row to the next.
+    pub stride: u64,
+}
+
+impl Gradient {
+    /// No gradient: decay and moments move as on zeros.
+    pub const ZERO: Self = Self { data: 0, stride: 0 };
+}
+
+/// Enqueues the rule over a region; writes [`Region::tiles`] partials.
+///
+/// # Safety
+/// The context is current; arrays, gradient and partials are valid when the work runs.
+pub unsafe fn update(
+    gpu: &Gpu,
+    scheme: &Scheme,
+    shard: &Shard,
+    region: Region,
+    arrays: &Arrays,
+    gradient: Gradient,
+    step: &KernelStep,
+    partials: DevicePtr,
+    stream: Stream,
+) -> Result<()> {
+    let vector = is_vector(scheme, shard, arrays, gradient);
+    let mut defines = specialise::update(scheme);
+    defines.push(format!("FORGE_VECTOR={}", u32::from(vector)));
+    let kernel = Kernel {
+        source: sources::ELEMENTWISE,
+        defines: &defines,
+        name: "forge_elementwise",
+        what: &specialise::name(scheme),
+        grid: grid(region.tiles())?,
+        block: THREADS,
+        shared_bytes: 0,
+    };
+    let (arrays, shard) = (KernelArrays::from(arrays), KernelShard::from(shard));
+    let Gradient { data, stride } = gradient;
+    let mut parameters = parameters!(arrays, shard, region, data, stride, *step, partials);
+    // SAFETY: as promised by the caller; the kernel declares these parameters.
+    unsafe { gpu.run(kernel, &mut parameters, stream) }
+}
+
+/// Whether runs of 8 elements can be read and written at once and share their Philox calls: rows of
+/// whole runs, everything aligned to 16 bytes (codes of q8 states to 8), global indices to 32.
+fn is_vector(scheme: &Scheme, shard: &Shard, arrays: &Arrays, gradient: Gradient) -> bool {
+    let draws = shard.global_index(0, 0).is_multiple_of(32) && shard.global_cols.is_multiple_of(32);
+    let aligned = |address: u64, bytes: u64| address.is_multiple_of(bytes);
+    let extra = matches!(scheme.weight_format, WeightFormat::Bf16F32 | WeightFormat::Bf16Low16);
+    let states = (0..scheme.n_states).all(|k| {
+        let bytes = if scheme.state_formats[k] == StateFormat::Q8 { 8 } else { 16 };
+        aligned(arrays.states[k] as u64, bytes)
+    });
+    draws
+        && shard.cols.is_multiple_of(8)
+        && gradient.stride.is_multiple_of(4)
+        && aligned(gradient.data, 16)
+        && aligned(arrays.weight as u64, 16)
+        && (!extra || aligned(arrays.extra as u64, 16))
+        && states
+}

@@ -1,0 +1,126 @@
+//! fp32 products with one accumulator for each element and its terms in order: `kernels/exact.cu`.
+//! For fp32 factors, and for what cuBLASLt does not take.
+
+use super::super::Stream;
+use super::driver::{DevicePtr, parameters};
+use super::gpu::{Gpu, Kernel};
+use super::{grid, sources, specialise};
+use crate::error::Result;
+use crate::format::Dtype;
+
+const THREADS: u32 = 256;
+/// Rows and columns of a block's tile: `TILE` of the source.
+const TILE: u64 = 128;
+/// Segments of one launch: `MOST_SEGMENTS` of the source.
+const MOST_SEGMENTS: usize = 32;
+
+/// An operand: element (i, k) lies at `i * row + k * depth`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Operand {
+    /// Element (0, 0).
+    pub data: DevicePtr,
+    /// Elements along the kept dimension.
+    pub row: u64,
+    /// Elements along the summed dimension.
+    pub depth: u64,
+}
+
+/// A part of the summed dimension.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Segment {
+    /// Rows of the result.
+    pub left: Operand,
+    /// Columns of the result.
+    pub right: Operand,
+    /// Terms.
+    pub terms: u64,
+}
+
+/// `forge::exact::Params`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Params {
+    segments: [Segment; MOST_SEGMENTS],
+    n_segments: u64,
+    rows: u64,
+    cols: u64,
+    initial: DevicePtr,
+    initial_stride: u64,
+    out: DevicePtr,
+    out_stride: u64,
+}
+
+/// A result in memory: first element and elements between rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Plane {
+    /// First element.
+    pub data: DevicePtr,
+    /// Elements from one row to the next.
+    pub stride: u64,
+}
+
+/// Types of the operands and of the result.
+#[derive(Clone, Copy, Debug)]
+pub struct Types {
+    /// Left operand.
+    pub left: Dtype,
+    /// Right operand.
+    pub right: Dtype,
+    /// Result; what is added to it is fp32.
+    pub out: Dtype,
+}
+
+/// Enqueues `out[rows, cols] = initial + Σ left · rightᵀ` over all segments in order.
+///
+/// More segments than one launch takes go through `out`, which then is fp32.
+///
+/// # Safety
+/// The context is current; operands, `initial` (fp32) and `out` are valid when the work runs.
+pub unsafe fn product(
+    gpu: &Gpu,
+    types: Types,
+    segments: &[Segment],
+    (rows, cols): (u64, u64),
+    initial: Option<Plane>,
+    out: Plane,
+    stream: Stream,
+) -> Result<()> {
+    let defines = [
+        format!("FORGE_LEFT={}", specialise::dtype_code(types.left)),
+        format!("FORGE_RIGHT={}", specialise::dtype_code(types.right)),
+        format!("FORGE_OUT={}", specialise::dtype_code(types.out)),
+    ];
+    let mut initial = initial;
+    // One launch at least: without segments the result is `initial`, or zeros.
+    let launches = segments.len().div_ceil(MOST_SEGMENTS).max(1);
+    for index in 0..launches {
+        let from = index * MOST_SEGMENTS;
+        let part = &segments[from..segments.len().min(from + MOST_SEGMENTS)];
+        let mut params = Params {
+            segments: [Segment::default(); MOST_SEGMENTS],
+            n_segments: part.len() as u64,
+            rows,
+            cols,
+            initial: initial.map_or(0, |p| p.data),
+            initial_stride: initial.map_or(0, |p| p.stride),
+            out: out.data,
+            out_stride: out.stride,
+        };
+        params.segments[..part.len()].copy_from_slice(part);
+        let kernel = Kernel {
+            source: sources::EXACT,
+            defines: &defines,
+            name: "forge_exact",
+            what: "exact product",
+            grid: grid(rows.div_ceil(TILE) * cols.div_ceil(TILE))?,
+            block: THREADS,
+            shared_bytes: 0,
+        };
+        // SAFETY: as promised by the caller; the kernel takes this struct.
+        unsafe { gpu.run(kernel, &mut parameters!(params), stream)? };
+        initial = Some(out);
+    }
+    Ok(())
+}

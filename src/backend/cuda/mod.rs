@@ -1,0 +1,470 @@
+//! The CUDA backend: kernels that NVRTC compiles on first use, on the caller's stream, in the device's
+//! primary context. It allocates nothing on the device: what it needs beside the call's buffers is the
+//! workspace that the caller lends to the context.
+//!
+//! An update takes one of three ways, and none of them holds a gradient:
+//! - fused ([`sm90`]): tiles of dW in registers;
+//! - panels by cuBLASLt: dW in row panels of at most [`workspace::PANEL_BYTES`], each consumed at once;
+//! - panels by [`exact`]: the same for fp32 factors, with sums that a CPU can repeat bit for bit.
+
+pub mod blas;
+pub mod cache;
+pub mod compile;
+pub mod driver;
+pub mod elementwise;
+pub mod exact;
+pub mod gpu;
+pub mod libraries;
+pub mod module;
+pub mod parameters;
+pub mod reduce;
+pub mod sm90;
+pub mod sources;
+pub mod specialise;
+pub mod workspace;
+
+use super::{
+    Accumulator, Arrays, Backend, Deliver, Factors, Image, Matrix, Norm, NormMethod, Report,
+    Scheme, Shard, StepSource, Stream,
+};
+use crate::error::{Result, bail};
+use crate::format::Dtype;
+use blas::{Left, Plane, Product};
+use driver::DevicePtr;
+use elementwise::Gradient;
+use gpu::Gpu;
+use parameters::{KernelNorm, KernelReport, KernelStep, Region};
+use std::path::PathBuf;
+use workspace::{MOST_PARTIALS, PANEL_BYTES, TOTAL_BYTES, Workspace};
+
+/// `FORGE_NORM_TILES`.
+const TILES: u32 = crate::ffi::enums::forge_norm_method::FORGE_NORM_TILES as u32;
+
+/// A GPU.
+pub struct Cuda {
+    gpu: Gpu,
+}
+
+impl Cuda {
+    /// The GPU of this ordinal. Compiled kernels are kept in `cache_dir`, or where [`cache::Cache`] says.
+    pub fn new(device: i32, cache_dir: Option<PathBuf>) -> Result<Self> {
+        Ok(Self { gpu: Gpu::new(device, cache_dir)? })
+    }
+}
+
+/// A one-dimensional grid.
+fn grid(blocks: u64) -> Result<[u32; 3]> {
+    match u32::try_from(blocks) {
+        Ok(blocks) if blocks <= i32::MAX as u32 => Ok([blocks.max(1), 1, 1]),
+        _ => bail!(FORGE_ERROR_UNSUPPORTED, "shape: {blocks} tiles; a launch has at most 2^31"),
+    }
+}
+
+/// Where partials go, and how many there are.
+struct Partials {
+    base: DevicePtr,
+    count: u64,
+}
+
+impl Partials {
+    /// Room for `more`.
+    fn take(&mut self, more: u64) -> Result<DevicePtr> {
+        if self.count + more > MOST_PARTIALS {
+            bail!(
+                FORGE_ERROR_UNSUPPORTED,
+                "shape: more than {MOST_PARTIALS} tiles; shard the weight further"
+            );
+        }
+        let at = self.base + 16 * self.count;
+        self.count += more;
+        Ok(at)
+    }
+}
+
+/// The panels of a shard: rows a multiple of 128, columns too where a row does not fit.
+fn panels(shard: &Shard) -> Vec<Region> {
+    let (rows, cols) = (shard.rows as u64, shard.cols as u64);
+    let elements = PANEL_BYTES / 4;
+    let most_cols = elements / 128;
+    let width = cols.min(most_cols);
+    let height = (elements / width.next_multiple_of(4) / 128 * 128).max(128);
+    let mut out = Vec::new();
+    for row in (0..rows).step_by(height as usize) {
+        for col in (0..cols).step_by(width as usize) {
+            out.push(Region {
+                row,
+                col,
+                rows: height.min(rows - row),
+                cols: width.min(cols - col),
+            });
+        }
+    }
+    out
+}
+
+impl Cuda {
+    /// `out = addend + Σ dYᵀX` of a region, both fp32 with rows of the given strides.
+    ///
+    /// # Safety
+    /// As [`Backend::update`]; the context is current.
+    unsafe fn products(
+        &self,
+        dtype: Dtype,
+        factors: &[Factors],
+        region: Region,
+        addend: Option<Plane>,
+        out: Plane,
+        workspace: &Workspace,
+        stream: Stream,
+    ) -> Result<()> {
+        let element = dtype.bytes() as u64;
+        let dy = |f: &Factors| f.dy.data as DevicePtr + region.row * element;
+        let x = |f: &Factors| f.x.data as DevicePtr + region.col * element;
+        let factors = factors.iter().filter(|f| f.tokens > 0);
+        let mut addend = addend;
+        let mut left_over = Vec::new();
+        for f in factors {
+            // Once one segment went to the exact kernel the others follow it: they are in order.
+            let product = Product {
+                m: region.rows as usize,
+                n: region.cols as usize,
+                k: f.tokens,
+                dtype,
+                out_dtype: Dtype::F32,
+                left: Left { data: dy(f), stride: f.dy.stride, summed_first: true },
+                right: Plane { data: x(f), stride: f.x.stride },
+                addend,
+                out,
+            };
+            // SAFETY: as promised by the caller.
+            let taken = dtype != Dtype::F32
+                && left_over.is_empty()
+                && unsafe { self.gpu.blas.enqueue(&product, workspace.blas, stream)? };
+            if taken {
+                addend = Some(out);
+            } else {
+                let operand =
+                    |data, stride: usize| exact::Operand { data, row: 1, depth: stride as u64 };
+                left_over.push(exact::Segment {
+                    left: operand(dy(f), f.dy.stride),
+                    right: operand(x(f), f.x.stride),
+                    terms: f.tokens as u64,
+                });
+            }
+        }
+        // Without any segment the exact kernel copies the addend, or writes zeros.
+        let complete = left_over.is_empty() && addend.is_some_and(|a| a.data == out.data);
+        if complete {
+            return Ok(());
+        }
+        let types = exact::Types { left: dtype, right: dtype, out: Dtype::F32 };
+        let plane = |p: Plane| exact::Plane { data: p.data, stride: p.stride as u64 };
+        let size = (region.rows, region.cols);
+        let addend = addend.map(plane);
+        // SAFETY: as promised by the caller.
+        unsafe { exact::product(&self.gpu, types, &left_over, size, addend, plane(out), stream) }
+    }
+
+    /// dW of each panel in the workspace, then `consume(region, panel)`.
+    ///
+    /// # Safety
+    /// As [`Backend::update`]; the context is current.
+    unsafe fn for_each_panel(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+        workspace: &Workspace,
+        stream: Stream,
+        mut consume: impl FnMut(Region, Plane) -> Result<()>,
+    ) -> Result<()> {
+        for region in panels(shard) {
+            let stride = (region.cols as usize).next_multiple_of(4);
+            let panel = Plane { data: workspace.panel, stride };
+            let addend = accumulator.map(|a| plane_of(a, shard, region));
+            let dtype = scheme.factor_dtype;
+            // SAFETY: as promised by the caller.
+            unsafe { self.products(dtype, factors, region, addend, panel, workspace, stream)? };
+            consume(region, panel)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the fused kernel may be asked.
+    fn may_fuse(&self, scheme: &Scheme) -> bool {
+        self.gpu.properties().capability == (9, 0) && scheme.factor_dtype != Dtype::F32
+    }
+}
+
+/// A region of an fp32 buffer of the shard's shape.
+fn plane_of(buffer: Accumulator, shard: &Shard, region: Region) -> Plane {
+    let at = region.row * shard.cols as u64 + region.col;
+    Plane { data: buffer.get() as DevicePtr + 4 * at, stride: shard.cols }
+}
+
+impl Backend for Cuda {
+    fn check_stream(&self, _stream: Stream) -> Result<()> {
+        Ok(())
+    }
+
+    fn alignment(&self, element_bytes: usize) -> usize {
+        element_bytes
+    }
+
+    fn memory_is_host(&self) -> bool {
+        false
+    }
+
+    fn workspace_bytes(&self) -> u64 {
+        TOTAL_BYTES
+    }
+
+    unsafe fn set_workspace(&self, data: *mut u8, _bytes: u64) -> Result<()> {
+        self.gpu.workspace.set(data as DevicePtr);
+        Ok(())
+    }
+
+    unsafe fn update(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+        arrays: &Arrays,
+        step: &StepSource,
+        deliver: Deliver,
+        stream: Stream,
+    ) -> Result<Option<Report>> {
+        let gpu = &self.gpu;
+        let workspace = gpu.workspace.get()?;
+        let _entered = gpu.device.enter()?;
+        let mut partials = Partials { base: workspace.partials, count: 0 };
+        // SAFETY: as promised by the caller.
+        unsafe {
+            if let StepSource::Device(source) = *step {
+                reduce::prologue(gpu, scheme, source, workspace.scalars, stream)?;
+            }
+            let step = KernelStep::new(step, workspace.scalars);
+            let (base, no_tokens) = (partials.base, factors.iter().all(|f| f.tokens == 0));
+            let mut fused = None;
+            if self.may_fuse(scheme) && !no_tokens {
+                fused = sm90::try_update(
+                    gpu,
+                    scheme,
+                    shard,
+                    factors,
+                    accumulator,
+                    arrays,
+                    step,
+                    base,
+                    stream,
+                )?;
+            }
+            let mut apply = |region: Region, gradient: Gradient| {
+                let at = partials.take(region.tiles())?;
+                elementwise::update(gpu, scheme, shard, region, arrays, gradient, &step, at, stream)
+            };
+            if let Some(count) = fused {
+                partials.count = count;
+            } else if no_tokens {
+                let whole = Region::whole(shard);
+                let gradient = accumulator.map_or(Gradient::ZERO, |a| Gradient {
+                    data: a.get() as DevicePtr,
+                    stride: shard.cols as u64,
+                });
+                apply(whole, gradient)?;
+            } else {
+                self.for_each_panel(
+                    scheme,
+                    shard,
+                    factors,
+                    accumulator,
+                    &workspace,
+                    stream,
+                    |region, panel| {
+                        let stride = panel.stride as u64;
+                        apply(region, Gradient { data: panel.data, stride })
+                    },
+                )?;
+            }
+            let host = if deliver.host { workspace.result } else { 0 };
+            let out = [host, deliver.device as DevicePtr];
+            if out != [0, 0] {
+                reduce::report(gpu, workspace.partials, partials.count, out, stream)?;
+            }
+            if !deliver.host {
+                return Ok(None);
+            }
+            let report: KernelReport = driver::read(workspace.result, stream)?;
+            Ok(Some(Report {
+                tiles: report.tiles,
+                nonfinite_tiles: report.nonfinite_tiles,
+                sum_of_squares: report.sum_of_squares,
+            }))
+        }
+    }
+
+    unsafe fn accumulate(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Accumulator,
+        stream: Stream,
+    ) -> Result<()> {
+        let workspace = self.gpu.workspace.get()?;
+        let _entered = self.gpu.device.enter()?;
+        // SAFETY: as promised by the caller.
+        unsafe {
+            if self.may_fuse(scheme)
+                && sm90::try_accumulate(&self.gpu, scheme, shard, factors, accumulator, stream)?
+            {
+                return Ok(());
+            }
+            let region = Region::whole(shard);
+            let out = plane_of(accumulator, shard, region);
+            let dtype = scheme.factor_dtype;
+            self.products(dtype, factors, region, Some(out), out, &workspace, stream)
+        }
+    }
+
+    unsafe fn norm(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+        _method: NormMethod,
+        deliver: Deliver,
+        stream: Stream,
+    ) -> Result<Option<Norm>> {
+        let gpu = &self.gpu;
+        let workspace = gpu.workspace.get()?;
+        let _entered = gpu.device.enter()?;
+        let mut partials = Partials { base: workspace.partials, count: 0 };
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let (base, no_tokens) = (partials.base, factors.iter().all(|f| f.tokens == 0));
+            let mut fused = None;
+            if self.may_fuse(scheme) && !no_tokens {
+                fused = sm90::try_norm(gpu, scheme, shard, factors, accumulator, base, stream)?;
+            }
+            let mut square = |region: Region, plane: Plane| {
+                let at = partials.take(region.tiles())?;
+                let (data, stride) = (plane.data, plane.stride as u64);
+                let size = (region.rows, region.cols);
+                reduce::squares(gpu, (data, stride), size, at, stream)
+            };
+            if let Some(count) = fused {
+                partials.count = count;
+            } else if no_tokens {
+                // Without either, the sum over no partial is 0.
+                if let Some(accumulator) = accumulator {
+                    let whole = Region::whole(shard);
+                    square(whole, plane_of(accumulator, shard, whole))?;
+                }
+            } else {
+                let to = &workspace;
+                self.for_each_panel(scheme, shard, factors, accumulator, to, stream, square)?;
+            }
+            let host = if deliver.host { workspace.result } else { 0 };
+            let out = [host, deliver.device as DevicePtr];
+            reduce::norm(gpu, workspace.partials, partials.count, TILES, out, stream)?;
+            if !deliver.host {
+                return Ok(None);
+            }
+            let norm: KernelNorm = driver::read(workspace.result, stream)?;
+            let method = NormMethod::Tiles;
+            Ok(Some(Norm { method, sum_of_squares: norm.sum_of_squares }))
+        }
+    }
+
+    unsafe fn dgrad(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        tokens: usize,
+        dy: Matrix,
+        weight: *const u8,
+        dx: *mut u8,
+        stream: Stream,
+    ) -> Result<()> {
+        if tokens == 0 {
+            return Ok(());
+        }
+        let workspace = self.gpu.workspace.get()?;
+        let _entered = self.gpu.device.enter()?;
+        let (dtype, weight_dtype) = (scheme.factor_dtype, scheme.weight_format.model_dtype());
+        let (dy_data, w, dx) = (dy.data as DevicePtr, weight as DevicePtr, dx as DevicePtr);
+        let product = Product {
+            m: tokens,
+            n: shard.cols,
+            k: shard.rows,
+            dtype,
+            out_dtype: dtype,
+            left: Left { data: dy_data, stride: dy.stride, summed_first: false },
+            right: Plane { data: w, stride: shard.cols },
+            addend: None,
+            out: Plane { data: dx, stride: shard.cols },
+        };
+        // SAFETY: as promised by the caller.
+        unsafe {
+            if dtype == weight_dtype && self.gpu.blas.enqueue(&product, workspace.blas, stream)? {
+                return Ok(());
+            }
+            let cols = shard.cols as u64;
+            let segment = exact::Segment {
+                left: exact::Operand { data: dy_data, row: dy.stride as u64, depth: 1 },
+                right: exact::Operand { data: w, row: 1, depth: cols },
+                terms: shard.rows as u64,
+            };
+            let types = exact::Types { left: dtype, right: weight_dtype, out: dtype };
+            let (size, out) = ((tokens as u64, cols), exact::Plane { data: dx, stride: cols });
+            exact::product(&self.gpu, types, &[segment], size, None, out, stream)
+        }
+    }
+
+    unsafe fn bias_grad(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        tokens: usize,
+        dy: Matrix,
+        dbias: *mut u8,
+        stream: Stream,
+    ) -> Result<()> {
+        let _entered = self.gpu.device.enter()?;
+        // SAFETY: as promised by the caller.
+        unsafe { reduce::bias(&self.gpu, scheme, shard.rows, tokens, dy, dbias, stream) }
+    }
+
+    unsafe fn export(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        arrays: &Arrays,
+        image: Image,
+        out: *mut f32,
+        stream: Stream,
+    ) -> Result<()> {
+        let _entered = self.gpu.device.enter()?;
+        // SAFETY: as promised by the caller.
+        unsafe { reduce::image(&self.gpu, scheme, shard, arrays, image, out, true, stream) }
+    }
+
+    unsafe fn import(
+        &self,
+        scheme: &Scheme,
+        shard: &Shard,
+        arrays: &Arrays,
+        image: Image,
+        values: *const f32,
+        stream: Stream,
+    ) -> Result<()> {
+        let _entered = self.gpu.device.enter()?;
+        let values = values.cast_mut();
+        // SAFETY: as promised by the caller; an import only reads the values.
+        unsafe { reduce::image(&self.gpu, scheme, shard, arrays, image, values, false, stream) }
+    }
+}

@@ -1,0 +1,172 @@
+//! Reductions in a fixed order, images, and the prologue of a step: `kernels/{reduce,image,prologue}.cu`.
+
+use super::super::{Arrays, Image, Matrix, Scheme, Shard, Stream};
+use super::driver::{DevicePtr, parameters};
+use super::gpu::{Gpu, Kernel};
+use super::parameters::{KernelArrays, KernelShard, Region};
+use super::{grid, sources, specialise};
+use crate::error::Result;
+use crate::format::{BLOCK, StateFormat, StateKind};
+use crate::rule::MAXIMIZE;
+use std::ffi::c_void;
+
+/// One block: a fixed order.
+const REDUCE_THREADS: u32 = 1024;
+const THREADS: u32 = 256;
+
+fn kernel<'a>(name: &'a str, defines: &'a [String], grid: [u32; 3], block: u32) -> Kernel<'a> {
+    Kernel { source: sources::REDUCE, defines, name, what: name, grid, block, shared_bytes: 0 }
+}
+
+/// Partials to a `forge_report`, at one or two places (0: not wanted).
+///
+/// # Safety
+/// The context is current; the memory is valid when the work runs.
+pub unsafe fn report(
+    gpu: &Gpu,
+    partials: DevicePtr,
+    count: u64,
+    out: [DevicePtr; 2],
+    stream: Stream,
+) -> Result<()> {
+    let kernel = kernel("forge_report", &[], [1; 3], REDUCE_THREADS);
+    let [first, second] = out;
+    // SAFETY: as promised by the caller; the kernel declares these parameters.
+    unsafe { gpu.run(kernel, &mut parameters!(partials, count, first, second), stream) }
+}
+
+/// Partials to a `forge_norm` of this method, at one or two places (0: not wanted).
+///
+/// # Safety
+/// As [`report`].
+pub unsafe fn norm(
+    gpu: &Gpu,
+    partials: DevicePtr,
+    count: u64,
+    method: u32,
+    out: [DevicePtr; 2],
+    stream: Stream,
+) -> Result<()> {
+    let kernel = kernel("forge_norm", &[], [1; 3], REDUCE_THREADS);
+    let [first, second] = out;
+    // SAFETY: as promised by the caller; the kernel declares these parameters.
+    unsafe { gpu.run(kernel, &mut parameters!(partials, count, method, first, second), stream) }
+}
+
+/// The squares of an fp32 region in memory, a partial for each of its tiles.
+///
+/// # Safety
+/// As [`report`].
+pub unsafe fn squares(
+    gpu: &Gpu,
+    (data, stride): (DevicePtr, u64),
+    (rows, cols): (u64, u64),
+    partials: DevicePtr,
+    stream: Stream,
+) -> Result<()> {
+    let tiles = Region { row: 0, col: 0, rows, cols }.tiles();
+    let kernel = kernel("forge_squares", &[], grid(tiles)?, THREADS);
+    // SAFETY: as promised by the caller; the kernel declares these parameters.
+    unsafe { gpu.run(kernel, &mut parameters!(data, stride, rows, cols, partials), stream) }
+}
+
+/// `dbias[o] = Σ_t dY[t, o]`.
+///
+/// # Safety
+/// As [`report`].
+pub unsafe fn bias(
+    gpu: &Gpu,
+    scheme: &Scheme,
+    rows: usize,
+    tokens: usize,
+    dy: Matrix,
+    dbias: *mut u8,
+    stream: Stream,
+) -> Result<()> {
+    const COLS: u64 = 32;
+    let defines = [format!("FORGE_FACTOR={}", specialise::dtype_code(scheme.factor_dtype))];
+    let kernel = Kernel {
+        source: sources::BIAS,
+        defines: &defines,
+        name: "forge_bias",
+        what: "bias gradient",
+        grid: grid((rows as u64).div_ceil(COLS))?,
+        block: REDUCE_THREADS,
+        shared_bytes: 0,
+    };
+    let (data, dy_stride) = (dy.data, dy.stride as u64);
+    let (rows, tokens) = (rows as u64, tokens as u64);
+    // SAFETY: as promised by the caller; the kernel declares these parameters.
+    unsafe { gpu.run(kernel, &mut parameters!(data, dy_stride, rows, tokens, dbias), stream) }
+}
+
+/// An array to fp32 (`export`), or from it.
+///
+/// # Safety
+/// As [`report`].
+pub unsafe fn image(
+    gpu: &Gpu,
+    scheme: &Scheme,
+    shard: &Shard,
+    arrays: &Arrays,
+    image: Image,
+    fp32: *mut f32,
+    export: bool,
+    stream: Stream,
+) -> Result<()> {
+    let (which, format, kind, k) = match image {
+        Image::Weight => (0, specialise::weight_code(scheme.weight_format), 0, 0),
+        Image::State(k) => {
+            let signed = scheme.rule.info().states[k].kind == StateKind::Signed;
+            (1, specialise::state_code(scheme.state_formats[k]), u32::from(!signed), k)
+        }
+    };
+    // The kind matters to q8 alone.
+    let q8 = which == 1 && scheme.state_formats[k] == StateFormat::Q8;
+    let kind = if q8 { kind } else { 0 };
+    let defines = [
+        format!("FORGE_IMAGE={which}"),
+        format!("FORGE_FORMAT={format}"),
+        format!("FORGE_KIND={kind}"),
+    ];
+    let blocks = shard.rows as u64 * (shard.cols as u64).div_ceil(BLOCK as u64);
+    let kernel = Kernel {
+        source: sources::IMAGE,
+        defines: &defines,
+        name: if export { "forge_export" } else { "forge_import" },
+        what: "checkpoint image",
+        // A warp for each block of 128.
+        grid: grid(blocks.div_ceil(u64::from(THREADS) / 32))?,
+        block: THREADS,
+        shared_bytes: 0,
+    };
+    let (arrays, shard, k) = (KernelArrays::from(arrays), KernelShard::from(shard), k as u32);
+    // SAFETY: as promised by the caller; the kernels declare these parameters.
+    unsafe { gpu.run(kernel, &mut parameters!(arrays, shard, k, fp32), stream) }
+}
+
+/// A `forge_step_scalars` in device memory to the scalars that kernels use.
+///
+/// # Safety
+/// As [`report`].
+pub unsafe fn prologue(
+    gpu: &Gpu,
+    scheme: &Scheme,
+    source: *const c_void,
+    out: DevicePtr,
+    stream: Stream,
+) -> Result<()> {
+    let defines = specialise::rule(scheme);
+    let kernel = Kernel {
+        source: sources::PROLOGUE,
+        defines: &defines,
+        name: "forge_prologue",
+        what: &specialise::name(scheme),
+        grid: [1; 3],
+        block: 1,
+        shared_bytes: 0,
+    };
+    let (parameter, maximize) = (scheme.parameter_id, u32::from(scheme.flags & MAXIMIZE != 0));
+    // SAFETY: as promised by the caller; the kernel declares these parameters.
+    unsafe { gpu.run(kernel, &mut parameters!(source, parameter, maximize, out), stream) }
+}

@@ -1,0 +1,41 @@
+//! The kernels' sources, embedded as text: the library needs no file at run time.
+
+/// A translation unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Its file name under `kernels/`.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+macro_rules! source {
+    ($name:literal) => {
+        Source { name: $name, text: include_str!(concat!("../../../kernels/", $name)) }
+    };
+}
+
+/// What sources include, under the names by which they do.
+pub const HEADERS: &[Source] = &[
+    source!("prelude.cuh"),
+    source!("philox.cuh"),
+    source!("shard.cuh"),
+    source!("formats.cuh"),
+    source!("rules.cuh"),
+    source!("rules/adam.cuh"),
+    source!("rules/lion.cuh"),
+    source!("rules/sgd.cuh"),
+];
+
+/// The rule over an fp32 gradient in memory.
+pub const ELEMENTWISE: Source = source!("elementwise.cu");
+/// fp32 products with one accumulator for each element.
+pub const EXACT: Source = source!("exact.cu");
+/// Reports, norms.
+pub const REDUCE: Source = source!("reduce.cu");
+/// The bias gradient.
+pub const BIAS: Source = source!("bias.cu");
+/// Weights and states to fp32 and back.
+pub const IMAGE: Source = source!("image.cu");
+/// The scalars of a step from device memory.
+pub const PROLOGUE: Source = source!("prologue.cu");
