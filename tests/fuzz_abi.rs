@@ -16,6 +16,8 @@ mod mutate;
 mod objects;
 #[path = "fuzz_abi/reference.rs"]
 mod reference;
+#[path = "fuzz_abi/valid.rs"]
+mod valid;
 #[path = "fuzz_abi/world.rs"]
 mod world;
 

@@ -1,5 +1,7 @@
 //! Random numbers that a printed seed repeats, and memory that notices stray writes.
 
+use half::{bf16, f16};
+
 /// SplitMix64 (Steele, Lea & Flood, 2014).
 pub struct Random(pub u64);
 
@@ -98,5 +100,29 @@ impl Drop for Guarded {
         let words = std::ptr::slice_from_raw_parts_mut(self.base.cast::<u64>(), self.words);
         // SAFETY: made by Box::into_raw with this length.
         drop(unsafe { Box::from_raw(words) });
+    }
+}
+
+/// Writes element `i` of an array of `dtype`.
+pub fn store(dtype: u32, memory: &Guarded, i: usize, value: f32) {
+    let bytes = match dtype {
+        1 => value.to_ne_bytes().to_vec(),
+        2 => bf16::from_f32(value).to_ne_bytes().to_vec(),
+        3 => f16::from_f32(value).to_ne_bytes().to_vec(),
+        _ => unreachable!("floats only"),
+    };
+    assert!((i + 1) * bytes.len() <= memory.bytes());
+    // SAFETY: within the payload.
+    unsafe { memory.ptr().add(i * bytes.len()).copy_from(bytes.as_ptr(), bytes.len()) };
+}
+
+/// Reads element `i` of an array of `dtype`.
+pub fn load(dtype: u32, payload: &[u8], i: usize) -> f64 {
+    let at = |n: usize| &payload[i * n..(i + 1) * n];
+    match dtype {
+        1 => f64::from(f32::from_ne_bytes(at(4).try_into().unwrap())),
+        2 => f64::from(bf16::from_ne_bytes(at(2).try_into().unwrap())),
+        3 => f64::from(f16::from_ne_bytes(at(2).try_into().unwrap())),
+        _ => unreachable!("floats only"),
     }
 }

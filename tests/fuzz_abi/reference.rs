@@ -2,7 +2,8 @@
 //! weights are small fractions, so that all sums are exact in fp32, too, and any order of summation
 //! gives the same.
 
-use super::call::{Call, Op, Role, load};
+use super::call::{Call, Op, Role};
+use super::memory::load;
 use super::world::World;
 use forge::ffi::types::forge_step_scalars;
 

@@ -66,6 +66,15 @@ fn element(dtype: u32) -> usize {
     }
 }
 
+/// The rank that a callback was made for, and the bytes of `count` elements.
+///
+/// # Safety
+/// `user` is the FakeRank given at creation, which outlives the communicator.
+unsafe fn called<'a>(user: *mut c_void, count: u64, dtype: u32) -> (&'a FakeRank, usize) {
+    // SAFETY: the caller's promise.
+    (unsafe { &*user.cast::<FakeRank>() }, count as usize * element(dtype))
+}
+
 unsafe extern "C" fn all_gather(
     user: *mut c_void,
     send: *const c_void,
@@ -73,11 +82,10 @@ unsafe extern "C" fn all_gather(
     count: u64,
     dtype: u32,
 ) -> i32 {
-    // SAFETY: `user` is the FakeRank given at creation, which outlives the communicator; the buffers
-    // are as the ABI promises, which is what is tested here.
+    // SAFETY: `user` comes from `collectives`; the buffers are as the ABI promises, which is what is
+    // tested here.
     unsafe {
-        let this = &*user.cast::<FakeRank>();
-        let bytes = count as usize * element(dtype);
+        let (this, bytes) = called(user, count, dtype);
         for r in 0..this.size {
             recv.cast::<u8>().add(r * bytes).copy_from(send.cast(), bytes);
         }
@@ -94,8 +102,7 @@ unsafe extern "C" fn reduce_scatter(
 ) -> i32 {
     // SAFETY: as above. The peers add zeros.
     unsafe {
-        let this = &*user.cast::<FakeRank>();
-        let bytes = count as usize * element(dtype);
+        let (this, bytes) = called(user, count, dtype);
         // Raw copies: with no tokens at all, both pointers may be NULL.
         let part = send.cast::<u8>().add(this.rank * bytes);
         recv.cast::<u8>().copy_from(part, bytes);
@@ -111,8 +118,8 @@ unsafe extern "C" fn all_reduce(
 ) -> i32 {
     // SAFETY: as above. Rewriting every byte shows that they may be written.
     unsafe {
-        let this = &*user.cast::<FakeRank>();
-        for i in 0..count as usize * element(dtype) {
+        let (this, bytes) = called(user, count, dtype);
+        for i in 0..bytes {
             let byte = buffer.cast::<u8>().add(i);
             byte.write_volatile(byte.read_volatile());
         }
