@@ -127,12 +127,11 @@ FORGE_DEVICE float sum_of_squares(const float (&acc)[2][REGISTERS], float scale 
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The rule over one chunk: rows `row` or `row + 8` of each warp's 16 in m64 half HALF, columns from
-// COL on. Reads dW from `acc`, the arrays from `slot`, and writes the arrays back to `slot`.
-template <int REGISTERS>
+// The rule over one chunk of a lane's row: CHUNK_COLS columns, a pair of every eight. Reads the arrays from a
+// slot and writes them back to it.
 struct ChunkUpdate {
-    float (&acc)[2][REGISTERS];
     const StepScalars& step;
+    const RoundKeys& keys;
     const Lane& lane;
 
     template <int BYTES>
@@ -200,25 +199,25 @@ struct ChunkUpdate {
         }
     }
 
-    // The draws of columns 32·block .. + 31 of this lane's row: word j for the pair (8·j + 2·q, + 1).
-    FORGE_DEVICE Draws draws(Stream stream, u64 row_index, int col) const {
+    // The draws of 32 columns from global index `first` on: word j for the pair (8·j + 2·q, + 1).
+    FORGE_DEVICE Draws draws(Stream stream, u64 first) const {
 #if FORGE_DRAWS_ALIGNED
-        return draw_call(step, stream, (row_index + col) / 32, lane.q);
+        return draw_call(step, keys, stream, first / 32, lane.q);
 #else
         Draws d;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const u64 index = row_index + col + 8 * j + 2 * lane.q;
+            const u64 index = first + 8 * j + 2 * lane.q;
             d.word[j] = draw_one(step, stream, index) | (draw_one(step, stream, index + 1) << 16);
         }
         return d;
 #endif
     }
 
-    template <int HALF, int ROW8, int COL>
-    FORGE_DEVICE void run(u8* slot, float* const (&scales)[3], const float (&old_scales)[3]) {
+    // `grad`: dW of the lane's pairs. `index`: global index of the chunk's first column in the row.
+    FORGE_DEVICE void run(u8* slot, const float (&grad)[CHUNK_COLS / 4], u64 index,
+                          float* const (&scales)[3], const float (&old_scales)[3]) {
         constexpr int PAIRS = CHUNK_COLS / 8;
-        const u64 row_index = lane.first_index + static_cast<u64>(HALF * 64 + ROW8 * 8) * lane.global_cols;
         Q8Row q8[3];
         // q8 states wait here until their block's maximum is known.
         constexpr int KEPT = any_q8() ? CHUNK_COLS / 4 : 1;
@@ -233,26 +232,25 @@ struct ChunkUpdate {
         for (int group = 0; group < PAIRS / 4; ++group) {
             Draws weight_draws{}, state_draws[3]{};
             if constexpr (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
-                weight_draws = draws(Stream::Weight, row_index, COL + 32 * group);
+                weight_draws = draws(Stream::Weight, index + 32 * group);
             if constexpr (FORGE_STATE_STOCHASTIC) {
                 if constexpr (N_STATES > 0 && STATE[0] == StateFormat::Bf16)
-                    state_draws[0] = draws(Stream::State0, row_index, COL + 32 * group);
+                    state_draws[0] = draws(Stream::State0, index + 32 * group);
                 if constexpr (N_STATES > 1 && STATE[1] == StateFormat::Bf16)
-                    state_draws[1] = draws(Stream::State1, row_index, COL + 32 * group);
+                    state_draws[1] = draws(Stream::State1, index + 32 * group);
                 if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Bf16)
-                    state_draws[2] = draws(Stream::State2, row_index, COL + 32 * group);
+                    state_draws[2] = draws(Stream::State2, index + 32 * group);
             }
             float2 w[4], s[3][4];
             float headroom = 0.0f, state_headroom[3] = {0.0f, 0.0f, 0.0f};
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
                 const int j = 4 * group + p;
-                const int at = 4 * (COL / 8 + j) + 2 * ROW8;
                 w[p] = load_weight(slot, j);
                 if constexpr (N_STATES > 0) s[0][p] = load_state<0>(slot, j, q8[0].decode);
                 if constexpr (N_STATES > 1) s[1][p] = load_state<1>(slot, j, q8[1].decode);
                 if constexpr (N_STATES > 2) s[2][p] = load_state<2>(slot, j, q8[2].decode);
-                float2 g = make_float2(acc[HALF][at], acc[HALF][at + 1]);
+                float2 g = make_float2(grad[2 * j], grad[2 * j + 1]);
 #if FORGE_ACCUMULATOR
                 const float2 before = load_f32x2(slot + array_offset(A_ACCUMULATOR) + offset<4>(j));
                 g = make_float2(g.x + before.x, g.y + before.y);

@@ -1,0 +1,133 @@
+// How factors, weights and states are stored: src/format in CUDA. The roundings into bf16 and its halves
+// give the CPU's bits; the q8 codes keep its bounds (see src/format/q8.rs) to within 1e-4 of them,
+// with the fast root and reciprocal.
+#pragma once
+#include "prelude.cuh"
+
+namespace forge {
+namespace formats {
+
+// --- bf16: src/format/bf16.rs ---
+
+constexpr u32 INFINITY_BITS = 0x7F800000u, LARGEST_BF16 = 0x7F7F0000u;
+
+FORGE_DEVICE float widen_bf16(u32 bits) { return bits_to_float(bits << 16); }
+
+// Nearest, ties to even; overflow goes to infinity, NaN stays NaN.
+FORGE_DEVICE u32 narrow_bf16(float value) {
+    const u32 bits = float_to_bits(value);
+    const u32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return (bits & 0x7FFFFFFFu) > INFINITY_BITS ? (bits >> 16) | 0x40u : rounded;
+}
+
+// Up in magnitude with probability (lower 16 bits) / 65536. A finite value never becomes infinite.
+FORGE_DEVICE u32 narrow_bf16(float value, u32 draw) {
+    const u32 bits = float_to_bits(value);
+    const u32 magnitude = bits & 0x7FFFFFFFu;
+    const u32 finite = min(magnitude + draw, LARGEST_BF16 | 0xFFFFu) >> 16;
+    const u32 special = magnitude > INFINITY_BITS ? (magnitude >> 16) | 0x40u : INFINITY_BITS >> 16;
+    return (magnitude >= INFINITY_BITS ? special : finite) | ((bits >> 16) & 0x8000u);
+}
+
+// The fp32 of a bf16 and the 16 bits below it, and back: together all 32 bits. The bf16 is the fp32
+// rounded to nearest, ties away from zero.
+FORGE_DEVICE float join_halves(u32 upper, u32 lower) {
+    return bits_to_float(((upper - (lower >> 15)) << 16) | lower);
+}
+FORGE_DEVICE u32 upper_half(float value) {
+    const u32 bits = float_to_bits(value);
+    return ((bits >> 16) + ((bits >> 15) & 1u)) & 0xFFFFu;
+}
+FORGE_DEVICE u32 lower_half(float value) { return float_to_bits(value) & 0xFFFFu; }
+
+// --- fp16 ---
+
+FORGE_DEVICE float widen_f16(u32 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<u16>(bits)));
+    return value;
+}
+FORGE_DEVICE u32 narrow_f16(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// --- factors: 0 fp32, 1 bf16, 2 fp16 ---
+
+template <int DTYPE>
+FORGE_DEVICE float load_factor(const void* data, u64 at) {
+    if constexpr (DTYPE == 0) return static_cast<const float*>(data)[at];
+    if constexpr (DTYPE == 1) return widen_bf16(static_cast<const u16*>(data)[at]);
+    return widen_f16(static_cast<const u16*>(data)[at]);
+}
+template <int DTYPE>
+FORGE_DEVICE void store_factor(void* data, u64 at, float value) {
+    if constexpr (DTYPE == 0) static_cast<float*>(data)[at] = value;
+    if constexpr (DTYPE == 1) static_cast<u16*>(data)[at] = static_cast<u16>(narrow_bf16(value));
+    if constexpr (DTYPE == 2) static_cast<u16*>(data)[at] = static_cast<u16>(narrow_f16(value));
+}
+
+// --- q8: src/format/q8.rs ---
+
+constexpr float LARGEST = 3.4028234663852886e38f;
+// 1.5 · 2^23: adding it rounds to the nearest integer, which then stands in the low bits.
+constexpr float ROUND_MAGIC = 12582912.0f;
+// Blocks below this are lifted by a power of two, so that roots and reciprocals stay normal numbers.
+constexpr float TINY = 1e-30f;
+
+// What a code is worth: over the squared levels (signed) or the levels (root) of the scale.
+template <bool SIGNED>
+FORGE_DEVICE float q8_decode_factor(float scale) {
+    return __fmul_rn(scale, SIGNED ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f);
+}
+template <bool SIGNED>
+FORGE_DEVICE float q8_decode(u32 code, float factor) {
+    if constexpr (SIGNED) {
+        const float level = static_cast<float>(static_cast<int>(code) - 128);
+        return __fmul_rn(__fmul_rn(level, fabsf(level)), factor);
+    } else {
+        const float root = __fmul_rn(static_cast<float>(code), factor);
+        return __fmul_rn(root, root);
+    }
+}
+
+// A block's constants: from the largest |value| of it, NaN left out.
+template <bool SIGNED>
+struct Q8Block {
+    float scale;   // as stored: max |m|, or max sqrt(v)
+    float lift;    // of values, a power of two
+    float factor;  // from the root of a lifted value to its position among the codes
+
+    FORGE_DEVICE explicit Q8Block(float largest) {
+        // What overflowed counts as the largest number: 0 · ∞ would be NaN.
+        largest = fminf(largest, LARGEST);
+        lift = largest < TINY ? 1.8446744073709552e19f : 1.0f;  // 2^64
+        const float root = fast_sqrt(__fmul_rn(largest, lift));
+        factor = root > 0.0f ? __fmul_rn(SIGNED ? 127.0f : 255.0f, fast_reciprocal(root)) : 0.0f;
+        scale = SIGNED ? largest : __fmul_rn(root, largest < TINY ? 2.3283064365386963e-10f : 1.0f);  // 2^-32
+    }
+
+    // `draw` of 16 bits decides where rounding is stochastic.
+    template <bool STOCHASTIC>
+    FORGE_DEVICE u32 encode(float value, u32 draw) const {
+        const float magnitude = fminf(fabsf(value), LARGEST);
+        const float root = fast_sqrt(__fmul_rn(magnitude, lift));
+        constexpr float MOST = SIGNED ? 127.0f : 255.0f;
+        float position = __fmul_rn(root, factor);
+        if constexpr (STOCHASTIC)
+            position = floorf(__fadd_rn(position, __fmul_rn(static_cast<float>(draw), 1.0f / 65536.0f)));
+        position = fminf(position, MOST);
+        if constexpr (SIGNED) {
+            // One addition rounds and adds the code of zero.
+            return float_to_bits(__fadd_rn(copysignf(position, value), ROUND_MAGIC + 128.0f)) & 0xFFu;
+        } else {
+            // A non-zero second moment never gets code 0: it divides.
+            if (value > 0.0f) position = fmaxf(position, 1.0f);
+            return float_to_bits(__fadd_rn(position, ROUND_MAGIC)) & 0xFFu;
+        }
+    }
+};
+
+}  // namespace formats
+}  // namespace forge

@@ -27,6 +27,24 @@ FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1)
     return {{c0, c1, c2, c3}};
 }
 
+// The keys of the ten rounds, where they are known before: as operands they cost no register.
+struct RoundKeys {
+    u32 key[10][2];
+};
+
+FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys& keys) {
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const u64 p0 = static_cast<u64>(0xD2511F53u) * c0;
+        const u64 p1 = static_cast<u64>(0xCD9E8D57u) * c2;
+        c0 = static_cast<u32>(p1 >> 32) ^ c1 ^ keys.key[round][0];
+        c1 = static_cast<u32>(p1);
+        c2 = static_cast<u32>(p0 >> 32) ^ c3 ^ keys.key[round][1];
+        c3 = static_cast<u32>(p0);
+    }
+    return {{c0, c1, c2, c3}};
+}
+
 enum class Stream : u32 { Weight = 0, State0 = 1, State1 = 2, State2 = 3 };
 
 // The call of (block of 32 elements, lane q of 0..3).
@@ -34,6 +52,12 @@ FORGE_DEVICE Draws draw_call(const StepScalars& s, Stream stream, u64 block, u32
     const u64 group = block * 4 + q;
     const u32 high = (static_cast<u32>(group >> 32) & 0x00FFFFFFu) | (static_cast<u32>(stream) << 24);
     return philox4x32_10(static_cast<u32>(group), high, s.step, s.seed_high, s.key[0], s.key[1]);
+}
+
+FORGE_DEVICE Draws draw_call(const StepScalars& s, const RoundKeys& keys, Stream stream, u64 block, u32 q) {
+    const u64 group = block * 4 + q;
+    const u32 high = (static_cast<u32>(group >> 32) & 0x00FFFFFFu) | (static_cast<u32>(stream) << 24);
+    return philox4x32_10(static_cast<u32>(group), high, s.step, s.seed_high, keys);
 }
 
 // The 16 bits of one element, at the price of a call each: for elements that share no block.

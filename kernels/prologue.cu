@@ -1,0 +1,26 @@
+// The scalars of a step from device memory, where the host does not know them (a captured graph): the
+// constants that src/rule computes on the host otherwise, in fp64 as well.
+#include "prelude.cuh"
+#include "rules.cuh"
+
+using namespace forge;
+
+// forge_step_scalars of the C ABI.
+struct ScalarsInMemory {
+    u64 step, seed;
+    double grad_scale;
+    double hyper[16];
+};
+
+extern "C" __global__ void __launch_bounds__(1)
+    forge_prologue(const ScalarsInMemory* source, u32 parameter, u32 maximize, StepScalars* out) {
+    StepScalars s{};
+    FORGE_RULE::constants(static_cast<double>(source->step), source->hyper, s.constants);
+    const float scale = static_cast<float>(source->grad_scale);
+    s.grad_scale = maximize != 0 ? -scale : scale;
+    s.key[0] = static_cast<u32>(source->seed);
+    s.key[1] = parameter;
+    s.step = static_cast<u32>(source->step);
+    s.seed_high = static_cast<u32>(source->seed >> 32);
+    *out = s;
+}

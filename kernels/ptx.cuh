@@ -14,6 +14,22 @@ FORGE_DEVICE u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// The warp's number in the block, as a value that the compiler knows to be uniform.
+FORGE_DEVICE u32 warp_index() { return __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0); }
+
+// True in one lane of the warp, always the same one.
+FORGE_DEVICE bool elect_one() {
+    u32 elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xFFFFFFFF;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(elected));
+    return elected != 0;
+}
+
 // --- mbarrier (9.7.13.15). Without `.release.cluster`: that spelling costs a GPU-wide fence. ---
 
 FORGE_DEVICE void barrier_init(u32 barrier, u32 count) {

@@ -48,6 +48,7 @@ struct Params {
     u64 first_index;   // global index of W's first element here
     u64 global_cols;   // stride of the global index
     StepSource step;
+    RoundKeys keys;    // Philox's, of `step`
     float* scales[3];  // of q8 states: [ceil(cols/128)][rows]
     TilePartial* partials;  // of each tile, or null
 };
@@ -82,7 +83,9 @@ struct Ring {
     }
 };
 
+// The whole warp walks along, so that the addresses are uniform; one lane issues.
 FORGE_DEVICE void load_factors(const Params& p, u8* shared, u32 full, u32 empty) {
+    const bool leader = elect_one();
     const u32 tiles = p.tiles_m * p.tiles_n;
     Ring<STAGES> stage;
     for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
@@ -92,18 +95,21 @@ FORGE_DEVICE void load_factors(const Params& p, u8* shared, u32 full, u32 empty)
             const TensorMap* dy = &p.dy[segment];
             const TensorMap* x = &p.x[segment];
             const u32 blocks = p.token_blocks[segment];
+#pragma unroll 1
             for (u32 block = 0; block < blocks; ++block) {
                 barrier_wait(empty + 8 * stage.index, stage.parity ^ 1);
                 const u32 barrier = full + 8 * stage.index;
-                barrier_arrive_expect(barrier, STAGE_BYTES);
                 const u32 target = shared_address(shared) + stage.index * STAGE_BYTES;
                 const i32 token = block * TILE_TOKENS;
+                if (leader) {
+                    barrier_arrive_expect(barrier, STAGE_BYTES);
 #pragma unroll
-                for (int i = 0; i < TILE_ROWS / 64; ++i)
-                    tma_load_2d(target + i * ATOM_BYTES, dy, barrier, row + 64 * i, token);
+                    for (int i = 0; i < TILE_ROWS / 64; ++i)
+                        tma_load_2d(target + i * ATOM_BYTES, dy, barrier, row + 64 * i, token);
 #pragma unroll
-                for (int i = 0; i < TILE_COLS / 64; ++i)
-                    tma_load_2d(target + STAGE_A + i * ATOM_BYTES, x, barrier, col + 64 * i, token);
+                    for (int i = 0; i < TILE_COLS / 64; ++i)
+                        tma_load_2d(target + STAGE_A + i * ATOM_BYTES, x, barrier, col + 64 * i, token);
+                }
                 stage.advance();
             }
         }
@@ -159,6 +165,7 @@ FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 fu
     const u32 tiles = p.tiles_m * p.tiles_n, stride = CONSUMERS * gridDim.x;
     const u32 first = blockIdx.x + consumer * gridDim.x;
     if (first >= tiles) return;
+    const bool leader = elect_one();
     // Loads run SLOTS chunks ahead of stores, over the seams between tiles.
     u32 load_tile = first, load_chunk = 0, store_tile = first, store_chunk = 0;
     Ring<SLOTS> ring;
@@ -172,9 +179,12 @@ FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 fu
             barrier_wait(done + 8 * ring.index, ring.parity ^ 1);
             if constexpr (any_store()) {
                 const TileIndex tile = tile_at(p, store_tile);
-                move_arrays<false>(p, slot, 0, tile.m * TILE_ROWS, tile.n * TILE_COLS, store_chunk);
-                tma_commit();
-                tma_wait_read<0>();
+                if (leader) {
+                    move_arrays<false>(p, slot, 0, tile.m * TILE_ROWS, tile.n * TILE_COLS, store_chunk);
+                    tma_commit();
+                    tma_wait_read<0>();
+                }
+                __syncwarp();
             }
             if (++store_chunk == CHUNKS) {
                 store_chunk = 0;
@@ -183,15 +193,16 @@ FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 fu
         }
         if (load_tile < tiles) {
             const TileIndex tile = tile_at(p, load_tile);
-            move_arrays<true>(p, slot, full + 8 * ring.index, tile.m * TILE_ROWS, tile.n * TILE_COLS,
-                              load_chunk);
+            if (leader)
+                move_arrays<true>(p, slot, full + 8 * ring.index, tile.m * TILE_ROWS,
+                                  tile.n * TILE_COLS, load_chunk);
             if (++load_chunk == CHUNKS) {
                 load_chunk = 0;
                 load_tile += stride;
             }
         }
     }
-    tma_wait_all();
+    if (leader) tma_wait_all();
 }
 
 template <int REGISTERS>
@@ -228,6 +239,51 @@ FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 sta
     }
 }
 
+// Waits for a chunk, works on it in place, and hands it to the DMA warp.
+template <int ROW8, int COL, int REGISTERS>
+FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS], u32 tile_row, u32 tile_col,
+                            u32 row_in_tile, bool finite, u8* slots, u32 full, u32 done, Ring<SLOTS>& ring,
+                            ChunkUpdate& update, const Lane& lane) {
+    float grad[CHUNK_COLS / 4];
+#pragma unroll
+    for (int j = 0; j < CHUNK_COLS / 8; ++j) {
+        grad[2 * j] = acc[4 * (COL / 8 + j) + 2 * ROW8];
+        grad[2 * j + 1] = acc[4 * (COL / 8 + j) + 2 * ROW8 + 1];
+    }
+    float* scales[3] = {nullptr, nullptr, nullptr};
+    float old_scales[3] = {0.0f, 0.0f, 0.0f};
+    if constexpr (any_q8()) {
+        const u32 row = tile_row + row_in_tile + lane.warp * 16 + lane.row;
+        const u32 block = (tile_col + COL) / 128;
+        if (row < p.rows && tile_col + COL < p.cols) {
+#pragma unroll
+            for (int s = 0; s < N_STATES; ++s) {
+                if (STATE[s] == StateFormat::Q8) {
+                    scales[s] = p.scales[s] + static_cast<u64>(block) * p.rows + row;
+                    old_scales[s] = *scales[s];
+                }
+            }
+        }
+    }
+    barrier_wait(full + 8 * ring.index, ring.parity);
+    u8* slot = slots + ring.index * SLOT_BYTES;
+    if constexpr (MODE == Mode::Update) {
+        const u64 index = lane.first_index + row_in_tile * lane.global_cols + COL;
+        if (finite) update.run(slot, grad, index, scales, old_scales);
+    } else {
+#pragma unroll
+        for (int j = 0; j < CHUNK_COLS / 8; ++j) {
+            u8* at = slot + array_offset(A_ACCUMULATOR) + pair_offset<4>(j, lane.warp, lane.row, lane.q);
+            const float2 before = load_f32x2(at);
+            store_f32x2(at, before.x + grad[2 * j], before.y + grad[2 * j + 1]);
+        }
+    }
+    fence_shared_for_tma();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(done + 8 * ring.index);
+    ring.advance();
+}
+
 // What becomes of the tile's registers, chunk by chunk.
 template <int REGISTERS>
 FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex tile, u32 consumer,
@@ -261,49 +317,21 @@ FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex
     if constexpr (!STREAMS) return;
 
     const StepScalars& step = p.step.value;
-    ChunkUpdate<REGISTERS> update{acc, step, lane};
-    // One chunk: wait until it is here, work on it in place, tell the DMA warp.
-    auto chunk = [&](auto half, auto row8, auto col) {
-        constexpr int HALF = decltype(half)::value, ROW8 = decltype(row8)::value;
-        constexpr int COL = decltype(col)::value * CHUNK_COLS;
-        float* scales[3] = {nullptr, nullptr, nullptr};
-        float old_scales[3] = {0.0f, 0.0f, 0.0f};
-        if constexpr (any_q8()) {
-            const u32 row = tile_row + HALF * 64 + lane.warp * 16 + ROW8 * 8 + lane.row;
-            const u32 block = (tile_col + COL) / 128;
-            if (row < p.rows && tile_col + COL < p.cols) {
-#pragma unroll
-                for (int s = 0; s < N_STATES; ++s) {
-                    if (STATE[s] == StateFormat::Q8) {
-                        scales[s] = p.scales[s] + static_cast<u64>(block) * p.rows + row;
-                        old_scales[s] = *scales[s];
-                    }
-                }
-            }
-        }
-        barrier_wait(full + 8 * ring.index, ring.parity);
-        u8* slot = slots + ring.index * SLOT_BYTES;
-        if constexpr (MODE == Mode::Update) {
-            if (finite) update.template run<HALF, ROW8, COL>(slot, scales, old_scales);
-        } else {
-#pragma unroll
-            for (int j = 0; j < CHUNK_COLS / 8; ++j) {
-                u8* at = slot + array_offset(A_ACCUMULATOR) + pair_offset<4>(j, lane.warp, lane.row, lane.q);
-                const int i = 4 * (COL / 8 + j) + 2 * ROW8;
-                const float2 before = load_f32x2(at);
-                store_f32x2(at, before.x + acc[HALF][i], before.y + acc[HALF][i + 1]);
-            }
-        }
-        fence_shared_for_tma();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(done + 8 * ring.index);
-        ring.advance();
-    };
-    for_constants<2>([&](auto half) {
-        for_constants<2>([&](auto row8) {
-            for_constants<COL_CHUNKS>([&](auto col) { chunk(half, row8, col); });
+    ChunkUpdate update{step, p.keys, lane};
+    // One body for both m64 halves: unrolled over the whole tile, the code would outgrow the instruction
+    // cache, which costs more than moving the second half's accumulators.
+#pragma unroll 1
+    for (u32 half = 0; half < 2; ++half) {
+        for_constants<CHUNKS / 2>([&](auto constant) {
+            constexpr int C = decltype(constant)::value;
+            constexpr int ROW8 = C / COL_CHUNKS, COL = C % COL_CHUNKS * CHUNK_COLS;
+            const u32 row_in_tile = half * 64 + ROW8 * 8;
+            one_chunk<ROW8, COL>(p, acc[0], tile_row, tile_col, row_in_tile, finite, slots, full, done, ring,
+                                 update, lane);
         });
-    });
+#pragma unroll
+        for (int i = 0; i < REGISTERS; ++i) acc[0][i] = acc[1][i];
+    }
 }
 
 FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 full, u32 empty,
@@ -373,22 +401,19 @@ extern "C" __global__ void __launch_bounds__(forge::THREADS, 1)
         barrier_init_fence();
     }
     __syncthreads();
-    const u32 group = threadIdx.x / 128;
+    const u32 group = warp_index() / 4;
     if (group == CONSUMERS) {
-        registers_lower<40>();
-        const u32 warp = threadIdx.x / 32 % 4;
-        if (threadIdx.x % 32 == 0) {
-            if (warp == 0) {
-                load_factors(p, shared, full, empty);
-            } else if (STREAMS && warp <= CONSUMERS) {
-                const u32 consumer = warp - 1;
-                stream_arrays(p, consumer,
-                              shared_address(shared) + SLOTS_AT + consumer * SLOTS * SLOT_BYTES,
-                              rings + 16 * SLOTS * consumer, rings + 16 * SLOTS * consumer + 8 * SLOTS);
-            }
+        registers_lower<24>();
+        const u32 warp = warp_index() % 4;
+        if (warp == 0) {
+            load_factors(p, shared, full, empty);
+        } else if (STREAMS && warp <= CONSUMERS) {
+            const u32 consumer = warp - 1;
+            stream_arrays(p, consumer, shared_address(shared) + SLOTS_AT + consumer * SLOTS * SLOT_BYTES,
+                          rings + 16 * SLOTS * consumer, rings + 16 * SLOTS * consumer + 8 * SLOTS);
         }
     } else {
-        registers_raise<232>();
+        registers_raise<240>();
         consumer_loop(p, shared, group, full, empty, rings + 16 * SLOTS * group,
                       rings + 16 * SLOTS * group + 8 * SLOTS);
     }

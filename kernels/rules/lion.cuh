@@ -7,6 +7,16 @@ namespace forge {
 struct Lion {
     static constexpr int STATES = 1;
 
+    // Once for each step, in fp64. `hyper`: lr, weight decay, β₁, β₂.
+    FORGE_DEVICE static void constants(double, const double* hyper, float* c) {
+        c[0] = static_cast<float>(hyper[0]);
+        c[1] = static_cast<float>(1.0 - hyper[0] * hyper[1]);
+        c[2] = static_cast<float>(hyper[2]);
+        c[3] = static_cast<float>(1.0 - hyper[2]);
+        c[4] = static_cast<float>(hyper[3]);
+        c[5] = static_cast<float>(1.0 - hyper[3]);
+    }
+
     FORGE_DEVICE static void update(const float* c, float g, float& w, float* s) {
         const float m = s[0];
         const float u = __fmaf_rn(c[2], m, __fmul_rn(c[3], g));

@@ -10,6 +10,17 @@ struct SgdRule {
     static constexpr bool MOMENTUM = (Flags & 4u) != 0;
     static constexpr int STATES = MOMENTUM ? 1 : 0;
 
+    // Once for each step, in fp64. `hyper`: lr, weight decay, momentum, dampening.
+    FORGE_DEVICE static void constants(double step, const double* hyper, float* c) {
+        const bool first = !MOMENTUM || step == 1.0;
+        c[0] = static_cast<float>(hyper[0]);
+        c[1] = static_cast<float>(hyper[1]);
+        c[2] = first ? 0.0f : static_cast<float>(hyper[2]);
+        c[3] = first ? 1.0f : static_cast<float>(1.0 - hyper[3]);
+        c[4] = static_cast<float>(hyper[2]);
+        c[5] = NESTEROV ? 1.0f : 0.0f;
+    }
+
     FORGE_DEVICE static void update(const float* c, float g, float& w, float* s) {
         g = __fmaf_rn(c[1], w, g);
         float direction = g;
