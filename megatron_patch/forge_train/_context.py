@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _cuda_libraries
-from ._lib import check, ffi, lib, new_struct
+from ._lib import ForgeBackendError, check, ffi, lib, new_struct
 
 _NO_GUARD = contextlib.nullcontext()
 
@@ -27,7 +27,9 @@ def canonical(device: torch.device | str | int) -> torch.device:
     if device.type != "cuda":
         raise ValueError(f"FORGE computes on CPUs and NVIDIA GPUs, not on {device}")
     index = device.index
-    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return torch.device("cuda", index)
 
 
 class Context:
@@ -67,6 +69,9 @@ class Context:
         self._stream: torch.cuda.Stream | None = None
         config = new_struct("forge_context_config")
         if self.asynchronous:
+            count = torch.cuda.device_count()
+            if self.device.index >= count:
+                raise ForgeBackendError(f"context: no {self.device}; torch sees {count} GPU(s)")
             _cuda_libraries.load()
             torch.empty(1, device=self.device)  # makes the primary context, which FORGE shares
             config.backend, config.device = lib.FORGE_BACKEND_CUDA, self.device.index

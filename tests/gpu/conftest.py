@@ -21,6 +21,17 @@ if "FORGE_LIBRARY" in os.environ or find_spec("forge_train") is None:
     os.environ.setdefault("FORGE_LIBRARY", str(ROOT / "target" / "release" / "libforge.so"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests of this folder out, unless ``-m`` or FORGE_SLOW_TESTS=1 asks for them."""
+    if config.option.markexpr or os.environ.get("FORGE_SLOW_TESTS") == "1":
+        return
+    reason = "slow; run with FORGE_SLOW_TESTS=1, or -m slow"
+    for item in items:
+        here = item.path.is_relative_to(Path(__file__).parent)
+        if here and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """The same numbers in every test, and no memory of one test in the next."""

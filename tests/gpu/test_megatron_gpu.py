@@ -49,7 +49,6 @@ def test_the_demo_follows_stock_megatron_and_resumes_on_the_other_device(tmp_pat
     assert len(resumed) == 14
 
 
-@pytest.mark.slow
 def test_bf16_weights_and_q8_states(tmp_path):
     log = _demo(tmp_path, f"{SMALL} --weight-format bf16+16 --state-format q8 --micro-batches 2")
     assert log[-1]["loss"] < log[0]["loss"] and not any(record["skipped"] for record in log)
