@@ -1,9 +1,11 @@
 //! The CPU backend against its own GEMM crate: `cargo bench --bench cpu_update`.
 //!
-//! At 4096 tokens, 1024×1024, fp32, AdamW, one thread: a whole backward (dX, then dW and update)
-//! and the update alone, against `matrixmultiply` on the same products followed by one fused
-//! optimizer pass (the same rule over a gradient in memory), and against the two-phase twin. Ratios
-//! of medians of interleaved rounds are printed at the end and, with `FORGE_BENCH_JSON=path` (and
+//! fp32, AdamW, one thread: a whole backward (dX, then dW and update) and the update alone, against
+//! `matrixmultiply` on the same products followed by one fused optimizer pass (the same rule over a
+//! gradient in memory), and against FORGE's own products through a gradient buffer. Many tokens over
+//! 1024×1024 measure the products. Few tokens over a wide weight measure the traffic: of a gradient
+//! larger than a core's own caches, and of one larger than most last-level caches. Ratios of medians
+//! of interleaved rounds are printed at the end and, with `FORGE_BENCH_JSON=path` (and
 //! `FORGE_COMMIT`), written there.
 
 use criterion::{Criterion, SamplingMode};
@@ -19,10 +21,21 @@ use std::time::{Duration, Instant};
 
 const HOST: Deliver = Deliver::HOST;
 const NULL: Stream = Stream::NULL;
-const TOKENS: usize = 4096;
-const OUT: usize = 1024;
-const IN: usize = 1024;
-const ROUNDS: usize = 41;
+
+/// A size to measure at, and how often.
+#[derive(Clone, Copy)]
+struct Size {
+    tokens: usize,
+    out: usize,
+    inn: usize,
+    rounds: usize,
+}
+
+const SIZE: Size = Size { tokens: 4096, out: 1024, inn: 1024, rounds: 41 };
+const WIDE: [Size; 2] = [
+    Size { tokens: 64, out: 4096, inn: 4096, rounds: 41 },
+    Size { tokens: 64, out: 12288, inn: 12288, rounds: 9 },
+];
 
 fn data(n: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
@@ -35,6 +48,7 @@ fn data(n: usize, seed: u32) -> Vec<f32> {
 }
 
 struct Case {
+    size: Size,
     scheme: Scheme,
     shard: Shard,
     step: Step,
@@ -48,7 +62,8 @@ struct Case {
 }
 
 impl Case {
-    fn new() -> Self {
+    fn new(size: Size) -> Self {
+        let Size { tokens, out, inn, .. } = size;
         let rule = rule::find("adamw").unwrap();
         let scheme = Scheme {
             rule,
@@ -62,28 +77,29 @@ impl Case {
             parameter_id: 0,
         };
         let shard =
-            Shard { rows: OUT, cols: IN, row_offset: 0, col_offset: 0, global_cols: IN as u64 };
+            Shard { rows: out, cols: inn, row_offset: 0, col_offset: 0, global_cols: inn as u64 };
         let scalars =
             StepScalars { step: 1, seed: 0, grad_scale: 1e-3, hyper: rule::default_hyper(rule) };
         Self {
+            size,
             step: Step::new(&scheme, &scalars),
             scheme,
             shard,
-            dy: data(TOKENS * OUT, 1),
-            x: data(TOKENS * IN, 2),
-            dx: vec![0.0; TOKENS * IN],
-            gradient: vec![0.0; OUT * IN],
-            w: data(OUT * IN, 3),
-            m: vec![0.0; OUT * IN],
-            v: vec![0.0; OUT * IN],
+            dy: data(tokens * out, 1),
+            x: data(tokens * inn, 2),
+            dx: vec![0.0; tokens * inn],
+            gradient: vec![0.0; out * inn],
+            w: data(out * inn, 3),
+            m: vec![0.0; out * inn],
+            v: vec![0.0; out * inn],
         }
     }
 
     fn factors(&self) -> Factors {
         Factors {
-            dy: Matrix { data: self.dy.as_ptr().cast(), stride: OUT },
-            x: Matrix { data: self.x.as_ptr().cast(), stride: IN },
-            tokens: TOKENS,
+            dy: Matrix { data: self.dy.as_ptr().cast(), stride: self.size.out },
+            x: Matrix { data: self.x.as_ptr().cast(), stride: self.size.inn },
+            tokens: self.size.tokens,
         }
     }
 
@@ -115,54 +131,61 @@ impl Case {
         let (f, w) = (self.factors(), self.w.as_ptr().cast());
         let dx = self.dx.as_mut_ptr().cast();
         // SAFETY: sizes by construction.
-        unsafe { cpu.dgrad(&self.scheme, &self.shard, TOKENS, f.dy, w, dx, NULL) }.unwrap();
+        unsafe { cpu.dgrad(&self.scheme, &self.shard, self.size.tokens, f.dy, w, dx, NULL) }
+            .unwrap();
     }
 
+    /// What frameworks do with FORGE's own products: a gradient buffer that stays allocated is
+    /// zeroed, added to, and read by the optimizer.
     fn two_phase(&mut self, cpu: &Cpu) {
-        let (arrays, f) = (self.arrays(), self.factors());
+        self.gradient.fill(0.0);
+        let (gradient, f) = (Accumulator(self.gradient.as_mut_ptr()), self.factors());
         // SAFETY: sizes by construction.
-        unsafe { cpu.update_two_phase(&self.scheme, &self.shard, &[f], &arrays, &self.step) };
+        unsafe { cpu.accumulate(&self.scheme, &self.shard, &[f], gradient, NULL) }.unwrap();
+        self.optimizer_pass(cpu);
     }
 
     fn crate_wgrad(&mut self) {
+        let Size { tokens, out, inn, .. } = self.size;
         // SAFETY: sizes by construction.
         unsafe {
             matrixmultiply::sgemm(
-                OUT,
-                TOKENS,
-                IN,
+                out,
+                tokens,
+                inn,
                 1.0,
                 self.dy.as_ptr(),
                 1,
-                OUT as isize,
+                out as isize,
                 self.x.as_ptr(),
-                IN as isize,
+                inn as isize,
                 1,
                 0.0,
                 self.gradient.as_mut_ptr(),
-                IN as isize,
+                inn as isize,
                 1,
             );
         }
     }
 
     fn crate_dgrad(&mut self) {
+        let Size { tokens, out, inn, .. } = self.size;
         // SAFETY: sizes by construction.
         unsafe {
             matrixmultiply::sgemm(
-                TOKENS,
-                OUT,
-                IN,
+                tokens,
+                out,
+                inn,
                 1.0,
                 self.dy.as_ptr(),
-                OUT as isize,
+                out as isize,
                 1,
                 self.w.as_ptr(),
-                IN as isize,
+                inn as isize,
                 1,
                 0.0,
                 self.dx.as_mut_ptr(),
-                IN as isize,
+                inn as isize,
                 1,
             );
         }
@@ -221,9 +244,9 @@ fn benchmarks(c: &mut Criterion, cpu: &Cpu, case: &mut Case) {
 
 /// Median seconds of each variant over rounds that run every variant once: what disturbs the machine
 /// for a while disturbs them all.
-fn interleaved_medians(cpu: &Cpu, case: &mut Case, rounds: usize) -> Vec<f64> {
+fn interleaved_medians(cpu: &Cpu, case: &mut Case) -> Vec<f64> {
     let mut times = vec![Vec::new(); VARIANTS.len()];
-    for _ in 0..rounds {
+    for _ in 0..case.size.rounds {
         for ((_, variant), times) in VARIANTS.iter().zip(&mut times) {
             let begin = Instant::now();
             variant(black_box(case), cpu);
@@ -239,32 +262,44 @@ fn interleaved_medians(cpu: &Cpu, case: &mut Case, rounds: usize) -> Vec<f64> {
         .collect()
 }
 
+/// Size, conditions, medians and ratios of one size.
+fn record(cpu: &Cpu, case: &mut Case) -> serde_json::Value {
+    let Size { tokens, out, inn, rounds } = case.size;
+    let times = interleaved_medians(cpu, case);
+    let seconds: serde_json::Map<_, _> =
+        VARIANTS.iter().zip(&times).map(|((n, _), t)| (n.to_string(), (*t).into())).collect();
+    serde_json::json!({
+        "conditions": format!("one thread, medians of {rounds} interleaved rounds"),
+        "tokens": tokens, "out": out, "in": inn, "rule": "adamw", "weight_format": "fp32",
+        "state_format": "fp32", "median_seconds": seconds,
+        "gradient_bytes": out * inn * size_of::<f32>(),
+        "ratios": {
+            "update_rate_over_crate_plus_pass": times[1] / times[0],
+            "backward_rate_over_crate_plus_pass": times[4] / times[3],
+            "two_phase_over_fused_update": times[2] / times[0],
+        },
+    })
+}
+
 fn main() {
     let cpu = Cpu::new(1).expect("one thread needs no pool");
-    let mut case = Case::new();
+    let mut case = Case::new(SIZE);
     let mut criterion = Criterion::default().configure_from_args();
     benchmarks(&mut criterion, &cpu, &mut case);
     criterion.final_summary();
     if !std::env::args().any(|a| a == "--bench") {
         return; // `cargo test --benches` measures nothing
     }
-    let times = interleaved_medians(&cpu, &mut case, ROUNDS);
-    let ratios = serde_json::json!({
-        "update_rate_over_crate_plus_pass": times[1] / times[0],
-        "backward_rate_over_crate_plus_pass": times[4] / times[3],
-        "two_phase_over_fused_update": times[2] / times[0],
-    });
-    println!("{ratios:#}");
+    let mut result = record(&cpu, &mut case);
+    drop(case);
+    let wide: Vec<_> = WIDE.iter().map(|size| record(&cpu, &mut Case::new(*size))).collect();
+    result["device"] = cpu_model().into();
+    result["last_level_cache"] = last_level_cache().into();
+    result["commit"] = std::env::var("FORGE_COMMIT").ok().into();
+    result["wide"] = wide.into();
+    println!("{result:#}");
     if let Ok(path) = std::env::var("FORGE_BENCH_JSON") {
-        let seconds: serde_json::Map<_, _> =
-            VARIANTS.iter().zip(&times).map(|((n, _), t)| (n.to_string(), (*t).into())).collect();
-        let record = serde_json::json!({
-            "device": cpu_model(), "commit": std::env::var("FORGE_COMMIT").ok(),
-            "conditions": format!("one thread, medians of {ROUNDS} interleaved rounds"),
-            "tokens": TOKENS, "out": OUT, "in": IN, "rule": "adamw", "weight_format": "fp32",
-            "state_format": "fp32", "median_seconds": seconds, "ratios": ratios,
-        });
-        std::fs::write(path, format!("{record:#}\n")).expect("the JSON can be written");
+        std::fs::write(path, format!("{result:#}\n")).expect("the JSON can be written");
     }
 }
 
@@ -273,4 +308,10 @@ fn cpu_model() -> Option<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = info.lines().find(|l| l.starts_with("model name"))?;
     Some(line.split(':').nth(1)?.trim().to_string())
+}
+
+/// The last-level cache's size with its unit, where Linux tells it.
+fn last_level_cache() -> Option<String> {
+    let size = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").ok()?;
+    Some(size.trim().to_string())
 }
