@@ -56,6 +56,15 @@ FORGE_DEVICE u32 narrow_f16(float value) {
 // --- factors: 0 fp32, 1 bf16, 2 fp16 ---
 
 template <int DTYPE>
+struct FactorBits {
+    using Type = u16;
+};
+template <>
+struct FactorBits<0> {
+    using Type = float;
+};
+
+template <int DTYPE>
 FORGE_DEVICE float load_factor(const void* data, u64 at) {
     if constexpr (DTYPE == 0) return static_cast<const float*>(data)[at];
     if constexpr (DTYPE == 1) return widen_bf16(static_cast<const u16*>(data)[at]);

@@ -10,7 +10,7 @@ constexpr int THREADS = 256, BLOCK = 128, PER_LANE = BLOCK / 32;
 constexpr bool IS_WEIGHT = FORGE_IMAGE == 0;
 constexpr bool SIGNED = FORGE_KIND == 0;
 constexpr bool IS_Q8 = !IS_WEIGHT && FORGE_FORMAT == 2;
-constexpr int W_F32 = 0, W_BF16 = 1, W_MASTER = 2, W_LOW = 3;
+constexpr int BF16 = 1, W_MASTER = 2, W_LOW = 3;
 
 struct Place {
     u64 row, col;
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         } else if constexpr (IS_WEIGHT && FORGE_FORMAT == W_LOW) {
             out[at] = formats::join_halves(static_cast<const u16*>(data)[at],
                                            static_cast<const u16*>(arrays.extra)[at]);
-        } else if constexpr (FORGE_FORMAT == W_BF16) {
+        } else if constexpr (FORGE_FORMAT == BF16) {
             out[at] = formats::widen_bf16(static_cast<const u16*>(data)[at]);
         } else {
             out[at] = static_cast<const float*>(data)[at];
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         } else if constexpr (IS_WEIGHT && FORGE_FORMAT == W_LOW) {
             static_cast<u16*>(data)[at] = static_cast<u16>(formats::upper_half(value[i]));
             static_cast<u16*>(arrays.extra)[at] = static_cast<u16>(formats::lower_half(value[i]));
-        } else if constexpr (FORGE_FORMAT == W_BF16 || (IS_WEIGHT && FORGE_FORMAT == W_MASTER)) {
+        } else if constexpr (FORGE_FORMAT == BF16 || (IS_WEIGHT && FORGE_FORMAT == W_MASTER)) {
             static_cast<u16*>(data)[at] = static_cast<u16>(formats::narrow_bf16(value[i]));
             if (IS_WEIGHT && FORGE_FORMAT == W_MASTER) static_cast<float*>(arrays.extra)[at] = value[i];
         } else {

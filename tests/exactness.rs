@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use forge::backend::{Accumulator, Image};
+use forge::backend::Image;
 use forge::format::{Dtype, Rounding, StateFormat, WeightFormat};
 use forge::linear::Parallel;
 use proptest::prelude::*;

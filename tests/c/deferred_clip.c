@@ -218,7 +218,7 @@ static void run(forge_context *context, forge_comm *comm, const char *name, uint
     for (int i = 0; i < SIZE; i++) {
         expected.w[i] = weight[i];
     }
-    OK(forge_linear_import_weight(linear, &parameter, readable(weight)));
+    OK(forge_linear_import_weight(linear, &parameter, readable(weight), NULL));
     OK(forge_linear_export_weight(linear, &parameter, writable(image), NULL));
     /* Both formats here hold a whole fp32 master. */
     REQUIRE(memcmp(weight, image, sizeof weight) == 0);

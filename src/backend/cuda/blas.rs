@@ -40,6 +40,36 @@ struct Heuristic {
 }
 
 type Set = unsafe extern "C" fn(Opaque, c_int, *const c_void, usize) -> c_int;
+type GetHeuristic = unsafe extern "C" fn(
+    Opaque,
+    Opaque,
+    Opaque,
+    Opaque,
+    Opaque,
+    Opaque,
+    Opaque,
+    c_int,
+    *mut Heuristic,
+    *mut c_int,
+) -> c_int;
+type Matmul = unsafe extern "C" fn(
+    Opaque,
+    Opaque,
+    *const c_void,
+    *const c_void,
+    Opaque,
+    *const c_void,
+    Opaque,
+    *const c_void,
+    *const c_void,
+    Opaque,
+    *mut c_void,
+    Opaque,
+    *const [u64; 8],
+    *mut c_void,
+    usize,
+    Opaque,
+) -> c_int;
 type Destroy = unsafe extern "C" fn(Opaque) -> c_int;
 
 struct Table {
@@ -52,40 +82,8 @@ struct Table {
     preference_create: Symbol<unsafe extern "C" fn(*mut Opaque) -> c_int>,
     preference_set: Symbol<Set>,
     preference_destroy: Symbol<Destroy>,
-    heuristic: Symbol<
-        unsafe extern "C" fn(
-            Opaque,
-            Opaque,
-            Opaque,
-            Opaque,
-            Opaque,
-            Opaque,
-            Opaque,
-            c_int,
-            *mut Heuristic,
-            *mut c_int,
-        ) -> c_int,
-    >,
-    matmul: Symbol<
-        unsafe extern "C" fn(
-            Opaque,
-            Opaque,
-            *const c_void,
-            *const c_void,
-            Opaque,
-            *const c_void,
-            Opaque,
-            *const c_void,
-            *const c_void,
-            Opaque,
-            *mut c_void,
-            Opaque,
-            *const [u64; 8],
-            *mut c_void,
-            usize,
-            Opaque,
-        ) -> c_int,
-    >,
+    heuristic: Symbol<GetHeuristic>,
+    matmul: Symbol<Matmul>,
     _library: Library,
 }
 

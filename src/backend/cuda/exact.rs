@@ -5,12 +5,14 @@ use super::super::Stream;
 use super::driver::{DevicePtr, parameters};
 use super::gpu::{Gpu, Kernel};
 use super::{grid, sources, specialise};
-use crate::error::Result;
+use crate::error::{Result, bail};
 use crate::format::Dtype;
 
 const THREADS: u32 = 256;
 /// Rows and columns of a block's tile: `TILE` of the source.
 const TILE: u64 = 128;
+/// Rows, columns and terms of a segment: 31 bits in the kernel.
+const MOST: u64 = 1 << 30;
 /// Segments of one launch: `MOST_SEGMENTS` of the source.
 const MOST_SEGMENTS: usize = 32;
 
@@ -36,6 +38,22 @@ pub struct Segment {
     pub right: Operand,
     /// Terms.
     pub terms: u64,
+}
+
+impl Segment {
+    /// Parts of at most [`MOST`] terms.
+    fn parts(&self, types: Types) -> impl Iterator<Item = Segment> {
+        let Segment { left, right, terms } = *self;
+        let from = |o: Operand, first: u64, dtype: Dtype| Operand {
+            data: o.data + first * o.depth * dtype.bytes() as u64,
+            ..o
+        };
+        (0..terms).step_by(MOST as usize).map(move |first| Segment {
+            left: from(left, first, types.left),
+            right: from(right, first, types.right),
+            terms: (terms - first).min(MOST),
+        })
+    }
 }
 
 /// `forge::exact::Params`.
@@ -87,10 +105,19 @@ pub unsafe fn product(
     out: Plane,
     stream: Stream,
 ) -> Result<()> {
+    if rows > MOST || cols > MOST {
+        bail!(FORGE_ERROR_UNSUPPORTED, "shape: a product of {rows} × {cols}; at most {MOST} each");
+    }
+    let segments: Vec<Segment> = segments.iter().flat_map(|s| s.parts(types)).collect();
+    // Which dimension is contiguous: a hint to the kernel, right or wrong.
+    let along_rows =
+        |operand: fn(&Segment) -> Operand| u32::from(segments.iter().all(|s| operand(s).row == 1));
     let defines = [
         format!("FORGE_LEFT={}", specialise::dtype_code(types.left)),
         format!("FORGE_RIGHT={}", specialise::dtype_code(types.right)),
         format!("FORGE_OUT={}", specialise::dtype_code(types.out)),
+        format!("FORGE_LEFT_ROWS={}", along_rows(|s| s.left)),
+        format!("FORGE_RIGHT_ROWS={}", along_rows(|s| s.right)),
     ];
     let mut initial = initial;
     // One launch at least: without segments the result is `initial`, or zeros.

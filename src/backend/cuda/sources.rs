@@ -25,7 +25,14 @@ pub const HEADERS: &[Source] = &[
     source!("rules/adam.cuh"),
     source!("rules/lion.cuh"),
     source!("rules/sgd.cuh"),
+    source!("ptx.cuh"),
+    source!("wgmma.cuh"),
+    source!("arrays.cuh"),
+    source!("epilogue.cuh"),
 ];
+
+/// The fused kernel of compute capability 9.0.
+pub const WGRAD_SM90: Source = source!("wgrad_sm90.cu");
 
 /// The rule over an fp32 gradient in memory.
 pub const ELEMENTWISE: Source = source!("elementwise.cu");

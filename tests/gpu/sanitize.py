@@ -1,0 +1,107 @@
+"""One small call of every kind, for compute-sanitizer: ``compute-sanitizer python sanitize.py``.
+
+Not a test of numbers. Data is made on the CPU and copied, so that next to no kernel but FORGE's
+runs under the tool. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor is an allocation of its own,
+and the tool sees every access beyond one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from forge_train import SGD, Adam, AdamW, Lion, Rule
+from forge_train.native import Linear, LinearSpec, Segment
+
+WEIGHTS = ("bf16", "bf16+16", "bf16+fp32", "fp32")
+STATES = ("bf16", "fp32", "q8")
+# Tiles that are whole, tiles that are cut in both dimensions, and a shape of multiples of 8 alone.
+SHAPES = ((256, 256), (144, 392), (200, 120))
+# Ragged, more than one segment, none.
+TOKENS = ((64,), (100, 37), ())
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal numbers on the GPU, drawn on the CPU."""
+    return torch.randn(*shape).to(dtype).cuda()
+
+
+def run(
+    rule: Rule,
+    formats: tuple[str, str],
+    shape: tuple[int, int],
+    tokens: tuple[int, ...],
+    factor: torch.dtype,
+) -> None:
+    """Update, with and without an accumulator, accumulate, norm, backward, export and import."""
+    spec = LinearSpec(
+        *shape, rule, factor_dtype=factor, weight_format=formats[0], state_formats=formats[1]
+    )
+    linear = Linear(spec, name="sanitize", device=torch.device("cuda"))
+    storage = linear.allocate(random(*shape, dtype=linear.layout.weight.dtype))
+    scalars = linear.scalars(rule.options, step=1, seed=1)
+    segments = [
+        Segment.of(random(t, shape[0], dtype=factor), random(t, shape[1], dtype=factor))
+        for t in tokens
+    ]
+    accumulator = random(*shape, dtype=torch.float32)
+    linear.update(segments, storage, scalars)
+    linear.update(segments, storage, scalars, accumulator)
+    linear.accumulate(segments, accumulator)
+    linear.norm(segments)
+    for segment in segments[:1]:
+        linear.backward(
+            segment.dy, segment.x, storage, mode="update", need_dbias=True, scalars=scalars
+        )
+        linear.backward(segment.dy, segment.x, storage, mode="keep")
+    linear.import_weight(storage, linear.export_weight(storage))
+    for index in range(len(storage.states)):
+        linear.import_state(storage, index, linear.export_state(storage, index))
+    torch.cuda.synchronize()
+
+
+def cases(quick: bool) -> list[tuple[Rule, tuple[str, str], torch.dtype]]:
+    """Every format under AdamW, every rule in one format, every dtype of factors."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    found: list[tuple[Rule, tuple[str, str], torch.dtype]] = [
+        (AdamW(), (weight, state), fp32 if weight == "fp32" else bf16)
+        for weight in WEIGHTS
+        for state in STATES
+        if not quick or weight == "bf16"
+    ]
+    if not quick:
+        rules = (SGD(), SGD(momentum=0.9), Adam(), Lion())
+        found += [(rule, ("bf16", "bf16"), bf16) for rule in rules]
+        found.append((AdamW(), ("bf16", "bf16"), fp16))
+    return found
+
+
+def main() -> None:
+    """Run all of it; what the library does not support is named, not failed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="AdamW with bf16 weights alone")
+    quick = parser.parse_args().quick
+    if not torch.cuda.is_available():
+        sys.exit("sanitize: no NVIDIA GPU that torch can use")
+    torch.manual_seed(1)
+    calls, refused = 0, 0
+    for rule, formats, factor in cases(quick):
+        for shape in SHAPES:
+            for tokens in TOKENS:
+                name = f"{rule.name} {'/'.join(formats)} {shape} {tokens} {factor}"
+                try:
+                    run(rule, formats, shape, tokens, factor)
+                except ValueError as error:
+                    refused += 1
+                    print(f"sanitize: {name}: refused: {error}", flush=True)
+                calls += 1
+        print(f"sanitize: {rule.name} {'/'.join(formats)} {factor} done", flush=True)
+    print(f"sanitize: {calls} cases, {refused} refused")
+    if refused == calls:
+        sys.exit("sanitize: the library refused every case")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+//! Compiles the kernels' specialisations with NVRTC, which needs no GPU: all of them must compile without
+//! a warning and without spilling registers. Then the cache of compiled images, and what a machine
+//! without a driver is told.
+//!
+//! NVRTC is found through FORGE_NVRTC, which `scripts/test.sh` sets.
+
+mod common;
+
+use common::{STATES, WEIGHTS, rules, scheme};
+use forge::backend::cuda::cache::{self, Cache};
+use forge::backend::cuda::compile::{Nvrtc, options};
+use forge::backend::cuda::module::image_key;
+use forge::backend::cuda::sources::{self, Source};
+use forge::backend::cuda::{Cuda, specialise};
+use forge::error::forge_status;
+use forge::format::{Dtype, StateFormat};
+use forge::rule::MAXIMIZE;
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
+use std::{fs, thread};
+
+const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100a"];
+/// The one whose specialisations are all compiled; of the others a choice.
+const MAIN: &str = "sm_90a";
+/// Two compilers at a time.
+const THREADS: usize = 2;
+
+fn nvrtc() -> Nvrtc {
+    let path = std::env::var_os("FORGE_NVRTC").expect(
+        "FORGE_NVRTC is not set; set it to libnvrtc.so.13, which `pip install nvidia-cuda-nvrtc` puts \
+         into site-packages/nvidia/cu13/lib",
+    );
+    Nvrtc::open(Path::new(&path)).unwrap()
+}
+
+/// One compilation.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Job {
+    source: &'static str,
+    architecture: &'static str,
+    defines: Vec<String>,
+}
+
+fn source_of(name: &str) -> Source {
+    let all = [
+        sources::ELEMENTWISE,
+        sources::EXACT,
+        sources::REDUCE,
+        sources::BIAS,
+        sources::IMAGE,
+        sources::PROLOGUE,
+    ];
+    all.into_iter().find(|s| s.name == name).unwrap()
+}
+
+/// Every specialisation that the backend may ask for.
+fn jobs() -> BTreeSet<Job> {
+    let mut jobs = BTreeSet::new();
+    for architecture in ARCHITECTURES {
+        let mut add = |source: Source, defines: Vec<String>| {
+            jobs.insert(Job { source: source.name, architecture, defines });
+        };
+        add(sources::REDUCE, vec![]);
+        for factor in 0..3 {
+            add(sources::BIAS, vec![format!("FORGE_FACTOR={factor}")]);
+        }
+        for (image, format, kind) in
+            [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 2, 1)]
+        {
+            let defines = [
+                format!("FORGE_IMAGE={image}"),
+                format!("FORGE_FORMAT={format}"),
+                format!("FORGE_KIND={kind}"),
+            ];
+            add(sources::IMAGE, defines.to_vec());
+        }
+        let mut exact = |left: u32, right: u32, out: u32, left_rows: u32| {
+            let defines = [
+                format!("FORGE_LEFT={left}"),
+                format!("FORGE_RIGHT={right}"),
+                format!("FORGE_OUT={out}"),
+                format!("FORGE_LEFT_ROWS={left_rows}"),
+                "FORGE_RIGHT_ROWS=1".to_string(),
+            ];
+            add(sources::EXACT, defines.to_vec());
+        };
+        for factor in 0..3 {
+            // wgrad, and dgrad with either type of weight.
+            exact(factor, factor, 0, 1);
+            exact(factor, 0, factor, 0);
+            exact(factor, 1, factor, 0);
+        }
+        for (name, flags) in rules() {
+            if flags & MAXIMIZE != 0 {
+                continue;
+            }
+            let rule = scheme(name, flags, WEIGHTS[0], STATES[0], Dtype::Bf16);
+            add(sources::PROLOGUE, specialise::rule(&rule));
+            for weight in WEIGHTS {
+                for state in STATES {
+                    for vector in [1, 0] {
+                        if architecture != MAIN && (name != "adamw" || vector == 0) {
+                            continue;
+                        }
+                        let scheme = scheme(name, flags, weight, state, Dtype::Bf16);
+                        let mut defines = specialise::update(&scheme);
+                        defines.push(format!("FORGE_VECTOR={vector}"));
+                        add(sources::ELEMENTWISE, defines);
+                    }
+                }
+            }
+        }
+        // States of different formats.
+        let mut mixed = scheme("adamw", 0, WEIGHTS[2], STATES[0], Dtype::Bf16);
+        for formats in [[StateFormat::Bf16, StateFormat::Q8], [StateFormat::Q8, StateFormat::F32]] {
+            mixed.state_formats[..2].copy_from_slice(&formats);
+            let mut defines = specialise::update(&mixed);
+            defines.push("FORGE_VECTOR=1".to_string());
+            add(sources::ELEMENTWISE, defines);
+        }
+    }
+    jobs
+}
+
+/// A number of a ptxas line, such as the 12 of `12 bytes spill stores`.
+fn before(line: &str, what: &str) -> u32 {
+    let Some(at) = line.find(what) else { return 0 };
+    line[..at].split_whitespace().next_back().and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn every_specialisation_compiles_without_warnings_or_spills() {
+    let nvrtc = nvrtc();
+    let jobs: Vec<Job> = jobs().into_iter().collect();
+    let next = AtomicUsize::new(0);
+    let failures = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let mut options = options(job.architecture, &job.defines);
+                    options.push("--ptxas-options=-v".to_string());
+                    let wrong = match nvrtc.compile(source_of(job.source), &options, "test") {
+                        Err(error) => Some(error.message),
+                        Ok(image) => {
+                            assert_eq!(image.bytes[..4], *b"\x7fELF");
+                            let log = image.log;
+                            let spills = log.lines().any(|line| before(line, " bytes spill") > 0);
+                            // C7508, C7510: a serialised wgmma.
+                            (spills || log.contains("warning") || log.contains("C75"))
+                                .then_some(log)
+                        }
+                    };
+                    if let Some(wrong) = wrong {
+                        let text = format!(
+                            "{} {} {:?}\n{wrong}",
+                            job.source, job.architecture, job.defines
+                        );
+                        failures.lock().unwrap().push(text);
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().unwrap();
+    println!("{} specialisations", jobs.len());
+    assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), jobs.len(), failures.join("\n"));
+}
+
+/// Registers and shared memory of the specialisations that matter most, as ptxas tells them.
+#[test]
+fn resources_are_the_recorded_ones() {
+    let nvrtc = nvrtc();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/resources.txt");
+    let mut table = String::new();
+    for job in jobs() {
+        let of_interest = job.source != "elementwise.cu"
+            || (job.defines[0] == "FORGE_RULE=forge::AdamW"
+                && job.defines.ends_with(&["FORGE_VECTOR=1".into()]));
+        if job.architecture != MAIN || !of_interest {
+            continue;
+        }
+        let mut options = options(job.architecture, &job.defines);
+        options.push("--ptxas-options=-v".to_string());
+        let log = nvrtc.compile(source_of(job.source), &options, "test").unwrap().log;
+        let mut kernel = "";
+        for line in log.lines() {
+            if let Some(name) = line.split("entry function '").nth(1) {
+                kernel = name.split('\'').next().unwrap_or_default();
+            }
+            if line.contains("Used ") {
+                let (registers, shared) = (before(line, " registers"), before(line, " bytes smem"));
+                let defines = job.defines.join(" ").replace("FORGE_", "");
+                writeln!(
+                    table,
+                    "{kernel}: {registers} registers, {shared} bytes shared; {defines}"
+                )
+                .unwrap();
+            }
+        }
+    }
+    if std::env::var_os("FORGE_BLESS").is_some() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, &table).unwrap();
+    }
+    let recorded = fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(
+        table, recorded,
+        "FORGE_BLESS=1 cargo test --test kernels renews it, if the change is meant"
+    );
+}
+
+#[test]
+fn a_compile_error_names_what_and_shows_the_log() {
+    let source = Source { name: "wrong.cu", text: "__global__ void f() { no_such_thing(); }" };
+    let error = nvrtc().compile(source, &options(MAIN, &[]), "rule 'x'").err().unwrap();
+    assert_eq!(error.status, forge_status::FORGE_ERROR_COMPILE);
+    for part in ["rule 'x'", "wrong.cu", "no_such_thing"] {
+        assert!(error.message.contains(part), "{part}: {}", error.message);
+    }
+}
+
+#[test]
+fn a_missing_compiler_is_named() {
+    let error = Nvrtc::open(Path::new("/no/such/libnvrtc.so.13")).err().unwrap();
+    assert!(error.contains("/no/such/libnvrtc.so.13"), "{error}");
+}
+
+#[test]
+fn the_key_depends_on_source_defines_and_architecture() {
+    let nvrtc = nvrtc();
+    let defines = |v: &str| vec![format!("FORGE_VECTOR={v}")];
+    let keys: BTreeSet<String> = [
+        image_key(&nvrtc, sources::ELEMENTWISE, &options(MAIN, &defines("0"))),
+        image_key(&nvrtc, sources::ELEMENTWISE, &options(MAIN, &defines("1"))),
+        image_key(&nvrtc, sources::ELEMENTWISE, &options("sm_80", &defines("1"))),
+        image_key(&nvrtc, sources::REDUCE, &options(MAIN, &defines("1"))),
+        cache::key(["ab", "c"]),
+        cache::key(["a", "bc"]),
+    ]
+    .into();
+    assert_eq!(keys.len(), 6);
+}
+
+/// A directory of a test, empty at first and removed in the end.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("forge-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        Self(path)
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::new(Some(self.0.clone()))
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        fs::read_dir(&self.0).unwrap().map(|e| e.unwrap().path()).collect()
+    }
+
+    fn mode(&self, mode: u32) {
+        fs::set_permissions(&self.0, fs::Permissions::from_mode(mode)).unwrap();
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn images_come_back_and_damaged_ones_do_not() {
+    let directory = Directory::new("damaged");
+    let cache = directory.cache();
+    assert_eq!(fs::metadata(&directory.0).unwrap().permissions().mode() & 0o777, 0o700);
+    let image: Vec<u8> = (0..100_000u32).map(|i| (i * 7) as u8).collect();
+    assert_eq!(cache.load("key"), None);
+    cache.store("key", &image);
+    assert_eq!(cache.load("key"), Some(image.clone()));
+    let file = directory.files().pop().unwrap();
+    let whole = fs::read(&file).unwrap();
+    for cut in [0, 7, 8, 39, 40, whole.len() - 1] {
+        fs::write(&file, &whole[..cut]).unwrap();
+        assert_eq!(cache.load("key"), None, "{cut} bytes");
+    }
+    for at in [0, 8, 39, 40, whole.len() - 1] {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        fs::write(&file, &bytes).unwrap();
+        assert_eq!(cache.load("key"), None, "byte {at}");
+    }
+    cache.store("key", &image);
+    assert_eq!(cache.load("key"), Some(image));
+}
+
+#[test]
+fn readers_see_a_whole_image_while_writers_replace_it() {
+    let directory = Directory::new("race");
+    let (cache, barrier) = (Arc::new(directory.cache()), Arc::new(Barrier::new(6)));
+    let threads: Vec<_> = (0..6u8)
+        .map(|i| {
+            let (cache, barrier) = (cache.clone(), barrier.clone());
+            thread::spawn(move || {
+                barrier.wait();
+                for _ in 0..60 {
+                    if i < 3 {
+                        cache.store("key", &vec![i; 50_000 + usize::from(i)]);
+                    } else if let Some(image) = cache.load("key") {
+                        assert!(image.iter().all(|b| *b == image[0]));
+                        assert_eq!(image.len(), 50_000 + usize::from(image[0]));
+                    }
+                }
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    assert_eq!(directory.files().len(), 1, "no part of an image is left behind");
+}
+
+#[test]
+fn a_directory_that_others_can_write_is_not_used() {
+    let directory = Directory::new("shared");
+    fs::create_dir_all(&directory.0).unwrap();
+    directory.mode(0o777);
+    let cache = directory.cache();
+    cache.store("key", b"image");
+    assert_eq!(cache.load("key"), None);
+    assert!(directory.files().is_empty());
+}
+
+#[test]
+fn a_directory_that_cannot_be_made_or_written_is_no_error() {
+    let cache = Cache::new(Some("/proc/no/such/place".into()));
+    cache.store("key", b"image");
+    assert_eq!(cache.load("key"), None);
+
+    let directory = Directory::new("readonly");
+    let cache = directory.cache();
+    cache.store("old", b"image");
+    directory.mode(0o500);
+    cache.store("new", b"image");
+    assert_eq!(cache.load("old"), Some(b"image".to_vec()));
+    directory.mode(0o700);
+}
+
+#[test]
+fn without_a_driver_the_library_is_named() {
+    // Where there is a driver and a GPU this is no error.
+    if let Err(error) = Cuda::new(0, None) {
+        assert_eq!(error.status, forge_status::FORGE_ERROR_NO_BACKEND);
+        let named =
+            ["libcuda.so.1", "driver", "GPU"].iter().any(|what| error.message.contains(what));
+        assert!(
+            error.message.starts_with("backend: FORGE_BACKEND_CUDA") && named,
+            "{}",
+            error.message
+        );
+    }
+}
