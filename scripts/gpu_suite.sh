@@ -1,0 +1,209 @@
+#!/usr/bin/env bash
+# Run GPU tests, sanitizer, benchmarks and a short training from a prebuilt wheel.
+# `scripts/gpu_suite.sh --help`.
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+usage: scripts/gpu_suite.sh [--wheel FILE] [--out DIR] [PART ...]
+
+Installs a prebuilt forge_train wheel in a temporary directory and runs, without Rust and without a
+network, on one NVIDIA GPU:
+
+  tests     tests/gpu under pytest                     → tests.json
+  sanitize  compute-sanitizer, memcheck and racecheck  → sanitize.json, sanitize_*.txt
+  bench     the benchmarks and their plots             → wgrad_update.json, compile_time.json,
+                                                         peak_memory.json, targets.txt, *.svg, *.png
+  train     the demo in fp32 on the CPU and on the GPU → train.json
+  all       all four, in this order (default)
+
+  --wheel FILE  the wheel (default: the newest forge_train-*.whl in dist/)
+  --out DIR     where results go (default: benchmarks/results/<device>/)
+  -h, --help    this text
+
+A part that fails or runs out of time does not keep the next from running; the exit status is 1 then.
+
+Environment:
+  PYTHON            interpreter with torch, triton, numpy, pytest and matplotlib (default: python3)
+  FORGE_WHEELS      directory of more wheels to install: cffi, megatron-core, whatever is missing
+  FORGE_COMMIT      commit to name in the results (default: git's)
+  FORGE_LIMIT_TESTS, FORGE_LIMIT_SANITIZE (each tool), FORGE_LIMIT_BENCH, FORGE_LIMIT_TRAIN
+                    seconds that a part may take (default: 420, 240, 420, 240)
+  FORGE_TEST_ARGS, FORGE_BENCH_ARGS, FORGE_SANITIZER_ARGS
+                    more arguments for pytest, wgrad_update.py and compute-sanitizer
+USAGE
+}
+
+fail() {
+    printf 'gpu_suite: %s\n' "$*" >&2
+    exit 2
+}
+
+wheel=
+out=
+parts=()
+while (($#)); do
+    case $1 in
+        --wheel | --out)
+            (($# >= 2)) || fail "$1 needs an argument"
+            if [[ $1 == --wheel ]]; then wheel=$2; else out=$2; fi
+            shift 2
+            ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        tests | sanitize | bench | train)
+            parts+=("$1")
+            shift
+            ;;
+        all)
+            parts+=(tests sanitize bench train)
+            shift
+            ;;
+        *)
+            usage >&2
+            fail "unknown argument: $1"
+            ;;
+    esac
+done
+((${#parts[@]})) || parts=(tests sanitize bench train)
+# Relative to where the script was started, not to the repository.
+[[ -z $wheel ]] || wheel=$(realpath "$wheel")
+[[ -z $out ]] || out=$(realpath -m "$out")
+[[ -z ${FORGE_WHEELS-} ]] || FORGE_WHEELS=$(realpath "$FORGE_WHEELS")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+if [[ -z $wheel ]]; then
+    for candidate in dist/forge_train-*.whl; do
+        if [[ -f $candidate && (-z $wheel || $candidate -nt $wheel) ]]; then wheel=$candidate; fi
+    done
+fi
+[[ -f $wheel ]] || fail "no wheel: give --wheel FILE, or put one in dist/"
+
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/forge-gpu-suite-XXXXXX")
+trap 'rm -rf "$scratch"' EXIT
+wheels=("$wheel")
+if [[ -n ${FORGE_WHEELS-} ]]; then
+    for candidate in "$FORGE_WHEELS"/*.whl; do
+        # Two versions of one package would stop pip.
+        if [[ -f $candidate && $(basename "$candidate") != forge_train-* ]]; then
+            wheels+=("$candidate")
+        fi
+    done
+fi
+"$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
+    --no-cache-dir --target "$scratch/site" "${wheels[@]}"
+export PYTHONPATH=$scratch/site${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1
+# Every part compiles the same kernels. compile_time.py takes a cache of its own.
+export FORGE_CACHE_DIR=${FORGE_CACHE_DIR:-$scratch/cache}
+unset FORGE_LIBRARY FORGE_HEADER
+mkdir -p "$FORGE_CACHE_DIR"
+if [[ -z ${FORGE_COMMIT-} ]]; then
+    FORGE_COMMIT=$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)
+fi
+export FORGE_COMMIT
+
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    fail "$python's torch sees no NVIDIA GPU"
+"$python" -c 'import forge_train' ||
+    fail "the wheel cannot be imported; FORGE_WHEELS names a directory of wheels it needs, such as cffi"
+out=${out:-benchmarks/results/$("$python" benchmarks/suite_summary.py folder)}
+mkdir -p "$out"
+printf 'gpu_suite: %s at %s, results in %s\n' "$(basename "$wheel")" "$FORGE_COMMIT" "$out"
+
+# limited SECONDS COMMAND...: pytest writes its report when it is interrupted, so that comes first.
+limited() {
+    local seconds=$1
+    shift
+    timeout --signal=INT --kill-after=20 "$seconds" "$@"
+}
+
+part_tests() {
+    local arguments begin=$SECONDS status=0
+    read -ra arguments <<<"${FORGE_TEST_ARGS-}"
+    limited "${FORGE_LIMIT_TESTS:-420}" "$python" -m pytest tests/gpu -q -p no:cacheprovider \
+        --continue-on-collection-errors --junitxml="$scratch/tests.xml" "${arguments[@]}" || status=$?
+    "$python" benchmarks/suite_summary.py tests --out "$out/tests.json" --status "$status" \
+        --seconds "$((SECONDS - begin))" --conditions "pytest tests/gpu, from the wheel" \
+        "$scratch/tests.xml"
+}
+
+part_sanitize() {
+    local sanitizer tool arguments status runs=()
+    sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+    if [[ ! -x $sanitizer ]]; then
+        echo "gpu_suite: compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin" >&2
+        return 1
+    fi
+    read -ra arguments <<<"${FORGE_SANITIZER_ARGS-}"
+    # Compiled outside of the tool, so that its time goes into checking.
+    limited "${FORGE_LIMIT_SANITIZE:-240}" "$python" tests/gpu/sanitize.py >"$scratch/plain.txt" 2>&1 || {
+        tail -n 20 "$scratch/plain.txt"
+        return 1
+    }
+    for tool in memcheck racecheck; do
+        status=0
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "${FORGE_LIMIT_SANITIZE:-240}" "$sanitizer" \
+            --tool "$tool" --error-exitcode 9 --print-limit 20 "${arguments[@]}" \
+            "$python" tests/gpu/sanitize.py >"$out/sanitize_$tool.txt" 2>&1 || status=$?
+        runs+=("$tool=$status=$out/sanitize_$tool.txt")
+    done
+    "$python" benchmarks/suite_summary.py sanitize --out "$out/sanitize.json" \
+        --conditions "compute-sanitizer over tests/gpu/sanitize.py, each tensor an allocation" \
+        "${runs[@]}"
+}
+
+part_bench() {
+    local arguments status=0 limit=${FORGE_LIMIT_BENCH:-420}
+    read -ra arguments <<<"${FORGE_BENCH_ARGS-}"
+    # The small ones first; the large one fills the time that is left.
+    limited 120 "$python" benchmarks/compile_time.py --out "$out/compile_time.json" || status=1
+    limited 60 "$python" benchmarks/peak_memory.py --out "$out/peak_memory.json" || status=1
+    limited "$limit" "$python" benchmarks/wgrad_update.py --budget-s "$((limit - 20))" \
+        --out "$out/wgrad_update.json" "${arguments[@]}" || status=1
+    if [[ -f $out/wgrad_update.json ]]; then
+        limited 60 "$python" benchmarks/plot_wgrad_update.py "$out/wgrad_update.json" || status=1
+        # Missed targets are a result like any other; they do not fail the part.
+        "$python" benchmarks/wgrad_update.py --check "$out/wgrad_update.json" >"$out/targets.txt" || true
+        grep -E '^(FAIL|INVALID)' "$out/targets.txt" | head -n 40 || true
+        tail -n 1 "$out/targets.txt"
+    fi
+    return "$status"
+}
+
+part_train() {
+    local device steps=${FORGE_TRAIN_STEPS:-50}
+    if ! "$python" -c 'import megatron.core' 2>/dev/null; then
+        echo "gpu_suite: train needs megatron-core; put its wheel into FORGE_WHEELS" >&2
+        return 1
+    fi
+    for device in cpu cuda; do
+        limited "${FORGE_LIMIT_TRAIN:-240}" "$python" -m forge_train.demo --device "$device" --tp 1 \
+            --weight-format fp32 --steps "$steps" --save-interval 0 --out "$scratch/runs" \
+            --name "$device" >"$scratch/train_$device.txt" 2>&1 || {
+            tail -n 20 "$scratch/train_$device.txt"
+            echo "gpu_suite: the run on $device failed" >&2
+        }
+    done
+    "$python" benchmarks/suite_summary.py train --out "$out/train.json" --limit 1e-4 \
+        --conditions "demo, fp32, TP=1, $steps steps, the same seed" \
+        "$scratch/runs/cpu" "$scratch/runs/cuda"
+}
+
+failed=()
+for part in "${parts[@]}"; do
+    begin=$SECONDS
+    printf '\n== %s\n' "$part"
+    # A function called in a condition runs without `set -e`: each one takes care of its statuses.
+    if "part_$part"; then verdict=passed; else
+        verdict=FAILED
+        failed+=("$part")
+    fi
+    printf '== %s %s, %d s\n' "$part" "$verdict" "$((SECONDS - begin))"
+done
+printf '\ngpu_suite: %d of %d parts failed%s, %d s; results in %s\n' "${#failed[@]}" "${#parts[@]}" \
+    "${failed[*]:+: ${failed[*]}}" "$SECONDS" "$out"
+((${#failed[@]} == 0))
