@@ -101,8 +101,8 @@ class Batch:
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(capture_error_mode="thread_local")
             try:
+                graph.capture_begin(capture_error_mode="thread_local")
                 for index in range(self.count):
                     self.call(index)
             except Exception as error:
