@@ -86,6 +86,13 @@ FORGE_DEVICE u32 q8_encode(float value, float factor) {
     }
 }
 
+// m, or sqrt(v); the largest number for one that overflowed, since 0 · ∞ would be NaN.
+template <bool SIGNED_CODE>
+FORGE_DEVICE float q8_bounded(float value) {
+    if constexpr (SIGNED_CODE) return fmaxf(fminf(value, LARGEST), -LARGEST);
+    else return fminf(fast_sqrt(value), 1.8446743e19f);
+}
+
 template <bool SIGNED_CODE>
 FORGE_DEVICE float q8_encode_factor(float scale) {
     // Below the normal range the reciprocal overflows; such blocks are stored as zeros.
@@ -108,7 +115,6 @@ struct Lane {
     u32 q;              // lane%4: which pair of 8 columns
     u64 first_index;    // global index of the tile's row `row` of warp's 16, column 0
     u64 global_cols;    // stride of the global index
-    u32 cols_left;      // columns of W from the tile's first on
 };
 
 // Σ (scale · dW)² over a lane's part of the tile. Not finite if an element is not, or if squares overflow;
@@ -269,8 +275,9 @@ struct ChunkUpdate {
                     if (FORGE_STATE_STOCHASTIC && STATE[i] == StateFormat::Bf16)
                         state_headroom[i] = fmaf(sy[i], HEADROOM, fmaf(sx[i], HEADROOM, state_headroom[i]));
                     if (STATE[i] == StateFormat::Q8) {
-                        const float2 v = SIGNED[i] ? s[i][p]
-                                                   : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
+                        const float2 v =
+                            SIGNED[i] ? make_float2(q8_bounded<true>(s[i][p].x), q8_bounded<true>(s[i][p].y))
+                                      : make_float2(q8_bounded<false>(s[i][p].x), q8_bounded<false>(s[i][p].y));
                         q8[i].largest = fmaxf(q8[i].largest, fmaxf(fabsf(v.x), fabsf(v.y)));
                         kept[i][2 * j] = v.x;
                         kept[i][2 * j + 1] = v.y;
@@ -305,27 +312,12 @@ struct ChunkUpdate {
         }
     }
 
-    // A quad's row of 128 columns is one block. `scale`: where its scale lives, null outside W.
+    // A quad's row of 128 columns is one block; the host takes this path for whole blocks only. `scale`: where its scale lives, null outside W.
     template <int S, int KEPT>
     FORGE_DEVICE void encode(u8* slot, float (&values)[KEPT], float largest, float* scale) const {
         static_assert(CHUNK_COLS == 128, "a chunk holds whole q8 blocks");
         constexpr bool CODE = SIGNED[S];
-        if (lane.cols_left < 128) {
-            // Columns outside W must not count: their codes were read as zeros, which is no number.
-            largest = 0.0f;
-#pragma unroll
-            for (int i = 0; i < KEPT; ++i) {
-                if (8 * (i / 2) + 2 * lane.q + i % 2 < lane.cols_left)
-                    largest = fmaxf(largest, fabsf(values[i]));
-            }
-        }
         largest = quad_maximum(largest);
-        if (!(largest <= LARGEST)) {
-            // An overflowed second moment counts as the largest number: 0 · ∞ would be NaN.
-            largest = CODE ? LARGEST : fast_sqrt(LARGEST);
-#pragma unroll
-            for (int i = 0; i < KEPT; ++i) values[i] = fminf(fmaxf(values[i], -largest), largest);
-        }
         const float factor = q8_encode_factor<CODE>(largest);
         u8* part = slot + array_offset(A_STATE0 + S);
 #pragma unroll

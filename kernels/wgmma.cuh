@@ -15,10 +15,11 @@ FORGE_DEVICE void wgmma_wait() {
 // Keeps the compiler from moving an accumulator across the asynchronous instructions that own it.
 FORGE_DEVICE void wgmma_pin(float& accumulator) { asm volatile("" : "+f"(accumulator)::"memory"); }
 
-// A tile of [tokens, 64·k features] in atoms of 64 tokens × 64 features, rows of 128 bytes, 128-byte
-// swizzle: `address` of the first atom; 8192 bytes to the next 64 features, 1024 to the next 8 tokens.
+// A tile of [tokens, 64·k features] in atoms of 64 features, rows of 128 bytes, 128-byte swizzle:
+// `address` of the first atom; ATOM_BYTES to the next 64 features, 1024 to the next 8 tokens.
+template <u32 ATOM_BYTES>
 FORGE_DEVICE u64 wgmma_descriptor(u32 address) {
-    constexpr u64 LEADING = 8192 >> 4, STRIDE = 1024 >> 4, SWIZZLE_128B = 1;
+    constexpr u64 LEADING = ATOM_BYTES >> 4, STRIDE = 1024 >> 4, SWIZZLE_128B = 1;
     return static_cast<u64>((address & 0x3FFFFu) >> 4) | (LEADING << 16) | (STRIDE << 32) |
            (SWIZZLE_128B << 62);
 }

@@ -15,13 +15,13 @@
 
 namespace forge {
 
-constexpr int TILE_ROWS = 128, TILE_COLS = FORGE_TILE_COLS, TILE_TOKENS = 64;
+constexpr int TILE_ROWS = 128, TILE_COLS = FORGE_TILE_COLS, TILE_TOKENS = FORGE_TILE_TOKENS;
 constexpr int STAGES = FORGE_STAGES;
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = 128 * (CONSUMERS + 1);
 
-// One TMA box of a factor: 64 tokens × 64 features, 128-byte swizzle.
-constexpr u32 ATOM_BYTES = 64 * 128;
+// One TMA box of a factor: TILE_TOKENS tokens × 64 features, 128-byte swizzle.
+constexpr u32 ATOM_BYTES = TILE_TOKENS * 128;
 constexpr u32 STAGE_A = TILE_ROWS / 64 * ATOM_BYTES;
 constexpr u32 STAGE_BYTES = STAGE_A + TILE_COLS / 64 * ATOM_BYTES;
 
@@ -219,8 +219,8 @@ FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 sta
     Ring<STAGES> previous = stage;
     for (u32 block = 0; block < token_blocks; ++block) {
         barrier_wait(full + 8 * stage.index, stage.parity);
-        const u64 a = wgmma_descriptor(stages + stage.index * STAGE_BYTES);
-        const u64 b = wgmma_descriptor(stages + stage.index * STAGE_BYTES + STAGE_A);
+        const u64 a = wgmma_descriptor<ATOM_BYTES>(stages + stage.index * STAGE_BYTES);
+        const u64 b = wgmma_descriptor<ATOM_BYTES>(stages + stage.index * STAGE_BYTES + STAGE_A);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < TILE_TOKENS / 16; ++k) {
@@ -240,22 +240,24 @@ FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 sta
 }
 
 // Waits for a chunk, works on it in place, and hands it to the DMA warp.
-template <int ROW8, int COL, int REGISTERS>
+template <int COL, int REGISTERS>
 FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS], u32 tile_row, u32 tile_col,
-                            u32 row_in_tile, bool finite, u8* slots, u32 full, u32 done, Ring<SLOTS>& ring,
-                            ChunkUpdate& update, const Lane& lane) {
+                            u32 half, u32 row8, bool finite, u8* slots, u32 full, u32 done,
+                            Ring<SLOTS>& ring, ChunkUpdate& update, const Lane& lane) {
+    const u32 row_in_tile = half * 64 + row8 * 8;
     float grad[CHUNK_COLS / 4];
 #pragma unroll
     for (int j = 0; j < CHUNK_COLS / 8; ++j) {
-        grad[2 * j] = acc[4 * (COL / 8 + j) + 2 * ROW8];
-        grad[2 * j + 1] = acc[4 * (COL / 8 + j) + 2 * ROW8 + 1];
+        const int at = 4 * (COL / 8 + j);
+        grad[2 * j] = row8 == 0 ? acc[at] : acc[at + 2];
+        grad[2 * j + 1] = row8 == 0 ? acc[at + 1] : acc[at + 3];
     }
     float* scales[3] = {nullptr, nullptr, nullptr};
     float old_scales[3] = {0.0f, 0.0f, 0.0f};
     if constexpr (any_q8()) {
         const u32 row = tile_row + row_in_tile + lane.warp * 16 + lane.row;
         const u32 block = (tile_col + COL) / 128;
-        if (row < p.rows && tile_col + COL < p.cols) {
+        if (row < p.rows) {
 #pragma unroll
             for (int s = 0; s < N_STATES; ++s) {
                 if (STATE[s] == StateFormat::Q8) {
@@ -322,13 +324,20 @@ FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex
     // cache, which costs more than moving the second half's accumulators.
 #pragma unroll 1
     for (u32 half = 0; half < 2; ++half) {
-        for_constants<CHUNKS / 2>([&](auto constant) {
-            constexpr int C = decltype(constant)::value;
-            constexpr int ROW8 = C / COL_CHUNKS, COL = C % COL_CHUNKS * CHUNK_COLS;
-            const u32 row_in_tile = half * 64 + ROW8 * 8;
-            one_chunk<ROW8, COL>(p, acc[0], tile_row, tile_col, row_in_tile, finite, slots, full, done, ring,
-                                 update, lane);
-        });
+        if constexpr (any_q8()) {
+            // Its code is longer: one body for the rows and those 8 below as well.
+#pragma unroll 1
+            for (u32 row8 = 0; row8 < 2; ++row8)
+                one_chunk<0>(p, acc[0], tile_row, tile_col, half, row8, finite, slots, full, done, ring,
+                             update, lane);
+        } else {
+            for_constants<CHUNKS / 2>([&](auto constant) {
+                constexpr int C = decltype(constant)::value;
+                one_chunk<C % COL_CHUNKS * CHUNK_COLS>(p, acc[0], tile_row, tile_col, half,
+                                                       C / COL_CHUNKS, finite, slots, full, done, ring,
+                                                       update, lane);
+            });
+        }
 #pragma unroll
         for (int i = 0; i < REGISTERS; ++i) acc[0][i] = acc[1][i];
     }
@@ -373,8 +382,7 @@ FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 f
                         row,
                         thread % 4,
                         p.first_index + first_row * p.global_cols + tile.n * TILE_COLS,
-                        p.global_cols,
-                        p.cols - tile.n * TILE_COLS};
+                        p.global_cols};
         consume(p, acc, tile, consumer, shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES, ring_full,
                 ring_done, ring, lane);
     }
