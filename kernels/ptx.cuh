@@ -60,6 +60,29 @@ FORGE_DEVICE void barrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// On the barrier at the same place in block `rank` of the cluster.
+FORGE_DEVICE void barrier_arrive_in(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// --- clusters (9.7.13.4, 10) ---
+
+FORGE_DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+FORGE_DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // --- named barriers (9.7.13.1): ids 1.. ; 0 is __syncthreads ---
 
 FORGE_DEVICE void named_barrier_sync(u32 id, u32 threads) {
@@ -94,6 +117,15 @@ FORGE_DEVICE void tma_load_2d(u32 target, const TensorMap* map, u32 barrier, i32
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%3, %4}], [%2];" ::"r"(target),
         "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+        : "memory");
+}
+// To the same place in each block of the cluster whose bit is set in `blocks`, telling each one's barrier.
+FORGE_DEVICE void tma_load_2d_multicast(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1,
+                                        u32 blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(static_cast<u16>(blocks))
         : "memory");
 }
 FORGE_DEVICE void tma_load_3d(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2) {

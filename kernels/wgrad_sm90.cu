@@ -18,6 +18,9 @@ namespace forge {
 constexpr int TILE_ROWS = 128, TILE_COLS = FORGE_TILE_COLS, TILE_TOKENS = FORGE_TILE_TOKENS;
 constexpr int STAGES = FORGE_STAGES;
 constexpr int CONSUMERS = 2;
+// Blocks that work on tiles below each other in step and share the loads of X: each loads some of the
+// tokens for both. The L2's two halves exchange less then, and that exchange is what saturates first.
+constexpr int CLUSTER = FORGE_CLUSTER;
 constexpr int THREADS = 128 * (CONSUMERS + 1);
 
 // One TMA box of a factor: TILE_TOKENS tokens × 64 features, 128-byte swizzle.
@@ -44,7 +47,7 @@ struct Params {
     u32 n_segments;
     u32 rows, cols;    // of W
     u32 tiles_m, tiles_n;
-    u32 group_m;       // rows of tiles that are walked together, for reuse in the L2
+    u32 group_m;       // rows of places (see Walk) that are walked together, for reuse in the L2
     u64 first_index;   // global index of W's first element here
     u64 global_cols;   // stride of the global index
     StepSource step;
@@ -57,14 +60,27 @@ struct TileIndex {
     u32 m, n;
 };
 
-// Tiles in groups of `group_m` rows of tiles, down the rows first.
-FORGE_DEVICE TileIndex tile_at(const Params& p, u32 index) {
-    const u32 per_group = p.group_m * p.tiles_n;
-    const u32 group = index / per_group, within = index % per_group;
-    const u32 first = group * p.group_m;
-    const u32 height = min(p.group_m, p.tiles_m - first);
-    return {first + within % height, within / height};
-}
+// What a block walks through: every `step`-th place from `first` on. A place is a tile, or with clusters
+// CLUSTER tiles below each other, one for each block; the last of them may lie outside W.
+struct Walk {
+    u32 first, step, places, rows_of_places;
+    FORGE_DEVICE explicit Walk(const Params& p)
+        : first(blockIdx.x / CLUSTER),
+          step(gridDim.x / CLUSTER),
+          places((p.tiles_m + CLUSTER - 1) / CLUSTER * p.tiles_n),
+          rows_of_places((p.tiles_m + CLUSTER - 1) / CLUSTER) {}
+
+    // In groups of `group_m` rows of places, down the rows first.
+    FORGE_DEVICE TileIndex tile(const Params& p, u32 place) const {
+        const u32 per_group = p.group_m * p.tiles_n;
+        const u32 group = place / per_group, within = place % per_group;
+        const u32 first_row = group * p.group_m;
+        const u32 height = min(p.group_m, rows_of_places - first_row);
+        u32 m = first_row + within % height;
+        if (CLUSTER > 1) m = m * CLUSTER + cluster_rank();
+        return {m, within / height};
+    }
+};
 
 // A place in a ring of N: index and the parity of its current round.
 template <int N>
@@ -86,10 +102,12 @@ struct Ring {
 // The whole warp walks along, so that the addresses are uniform; one lane issues.
 FORGE_DEVICE void load_factors(const Params& p, u8* shared, u32 full, u32 empty) {
     const bool leader = elect_one();
-    const u32 tiles = p.tiles_m * p.tiles_n;
+    const Walk walk(p);
+    const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+    constexpr int X_TOKENS = TILE_TOKENS / CLUSTER;
     Ring<STAGES> stage;
-    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const TileIndex tile = tile_at(p, t);
+    for (u32 place = walk.first; place < walk.places; place += walk.step) {
+        const TileIndex tile = walk.tile(p, place);
         const i32 row = tile.m * TILE_ROWS, col = tile.n * TILE_COLS;
         for (u32 segment = 0; segment < p.n_segments; ++segment) {
             const TensorMap* dy = &p.dy[segment];
@@ -107,8 +125,12 @@ FORGE_DEVICE void load_factors(const Params& p, u8* shared, u32 full, u32 empty)
                     for (int i = 0; i < TILE_ROWS / 64; ++i)
                         tma_load_2d(target + i * ATOM_BYTES, dy, barrier, row + 64 * i, token);
 #pragma unroll
-                    for (int i = 0; i < TILE_COLS / 64; ++i)
-                        tma_load_2d(target + STAGE_A + i * ATOM_BYTES, x, barrier, col + 64 * i, token);
+                    for (int i = 0; i < TILE_COLS / 64; ++i) {
+                        const u32 at = target + STAGE_A + i * ATOM_BYTES + rank * X_TOKENS * 128;
+                        const i32 feature = col + 64 * i, first = token + rank * X_TOKENS;
+                        if constexpr (CLUSTER == 1) tma_load_2d(at, x, barrier, feature, first);
+                        else tma_load_2d_multicast(at, x, barrier, feature, first, (1u << CLUSTER) - 1);
+                    }
                 }
                 stage.advance();
             }
@@ -162,15 +184,15 @@ constexpr bool any_store() {
 
 // Streams the arrays of one consumer's tiles. `full` and `done`: barriers of its ring.
 FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 full, u32 done) {
-    const u32 tiles = p.tiles_m * p.tiles_n, stride = CONSUMERS * gridDim.x;
-    const u32 first = blockIdx.x + consumer * gridDim.x;
-    if (first >= tiles) return;
+    const Walk walk(p);
+    const u32 first = walk.first + consumer * walk.step;
+    if (first >= walk.places) return;
     const bool leader = elect_one();
     // Loads run SLOTS chunks ahead of stores, over the seams between tiles.
-    u32 load_tile = first, load_chunk = 0, store_tile = first, store_chunk = 0;
+    u32 load_place = first, load_chunk = 0, store_place = first, store_chunk = 0;
     Ring<SLOTS> ring;
 #pragma unroll 1
-    for (u32 ahead = 0; store_tile < tiles; ring.advance()) {
+    for (u32 ahead = 0; store_place < walk.places; ring.advance()) {
         const u32 slot = slots + ring.index * SLOT_BYTES;
         if (ahead < SLOTS) {
             ++ahead;
@@ -178,7 +200,7 @@ FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 fu
             // `ring` is a round further on than the chunk that lies in the slot.
             barrier_wait(done + 8 * ring.index, ring.parity ^ 1);
             if constexpr (any_store()) {
-                const TileIndex tile = tile_at(p, store_tile);
+                const TileIndex tile = walk.tile(p, store_place);
                 if (leader) {
                     move_arrays<false>(p, slot, 0, tile.m * TILE_ROWS, tile.n * TILE_COLS, store_chunk);
                     tma_commit();
@@ -188,26 +210,36 @@ FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 fu
             }
             if (++store_chunk == CHUNKS) {
                 store_chunk = 0;
-                store_tile += stride;
+                store_place += CONSUMERS * walk.step;
             }
         }
-        if (load_tile < tiles) {
-            const TileIndex tile = tile_at(p, load_tile);
+        if (load_place < walk.places) {
+            const TileIndex tile = walk.tile(p, load_place);
             if (leader)
                 move_arrays<true>(p, slot, full + 8 * ring.index, tile.m * TILE_ROWS,
                                   tile.n * TILE_COLS, load_chunk);
             if (++load_chunk == CHUNKS) {
                 load_chunk = 0;
-                load_tile += stride;
+                load_place += CONSUMERS * walk.step;
             }
         }
     }
     if (leader) tma_wait_all();
 }
 
+// A warp is done with a stage; all blocks whose loads go there must know.
+FORGE_DEVICE void release(u32 barrier) {
+    const u32 lane = threadIdx.x % 32;
+    if constexpr (CLUSTER == 1) {
+        if (lane == 0) barrier_arrive(barrier);
+    } else {
+        if (lane < CLUSTER) barrier_arrive_in(barrier, lane);
+    }
+}
+
 template <int REGISTERS>
 FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 stages, u32 full, u32 empty,
-                           Ring<STAGES>& stage, bool releases) {
+                           Ring<STAGES>& stage) {
     // From +0, also where there are no tokens.
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -232,7 +264,7 @@ FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 sta
         // All but the products just issued are done: their stage may be loaded again.
         wgmma_wait<1>();
         if (block > 0) {
-            if (releases) barrier_arrive(empty + 8 * previous.index);
+            release(empty + 8 * previous.index);
         }
         previous = stage;
         stage.advance();
@@ -309,7 +341,7 @@ FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex
 #pragma unroll
                 for (int distance = 16; distance > 0; distance /= 2)
                     total += __shfl_down_sync(0xFFFFFFFFu, total, distance);
-                if (threadIdx.x % 32 == 0) {
+                if (threadIdx.x % 32 == 0 && tile.m < p.tiles_m) {
                     TilePartial* out = p.partials + 4 * (tile.m * p.tiles_n + tile.n) + lane.warp;
                     *out = {total, lane.warp == 0 && !finite ? 1u : 0u, 0u};
                 }
@@ -346,9 +378,8 @@ FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex
 FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 full, u32 empty,
                                 u32 ring_full, u32 ring_done) {
     constexpr int REGISTERS = TILE_COLS / 2;
-    const u32 tiles = p.tiles_m * p.tiles_n;
+    const Walk walk(p);
     const u32 thread = threadIdx.x % 128;
-    const bool releases = thread % 32 == 0;
     u32 token_blocks = 0;
     for (u32 segment = 0; segment < p.n_segments; ++segment) token_blocks += p.token_blocks[segment];
 
@@ -360,20 +391,21 @@ FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 f
         named_barrier_arrive(other, 256);
         stage.advance(token_blocks);
     }
-    for (u32 t = blockIdx.x + consumer * gridDim.x; t < tiles; t += CONSUMERS * gridDim.x) {
-        const TileIndex tile = tile_at(p, t);
+    for (u32 place = walk.first + consumer * walk.step; place < walk.places;
+         place += CONSUMERS * walk.step) {
+        const TileIndex tile = walk.tile(p, place);
         float acc[2][REGISTERS];
         named_barrier_sync(mine, 256);
         Ring<STAGES> last = stage;
         if (token_blocks > 0) last.advance(token_blocks - 1);
-        multiply(acc, token_blocks, shared_address(shared), full, empty, stage, releases);
+        multiply(acc, token_blocks, shared_address(shared), full, empty, stage);
         named_barrier_arrive(other, 256);
         wgmma_wait<0>();
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int i = 0; i < REGISTERS; ++i) wgmma_pin(acc[half][i]);
-        if (token_blocks > 0 && releases) barrier_arrive(empty + 8 * last.index);
+        if (token_blocks > 0) release(empty + 8 * last.index);
         stage.advance(token_blocks);  // those of the other consumer's tile
 
         const u32 warp = thread / 32, row = thread % 32 / 4;
@@ -390,7 +422,13 @@ FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 f
 
 }  // namespace forge
 
-extern "C" __global__ void __launch_bounds__(forge::THREADS, 1)
+#if FORGE_CLUSTER > 1
+#define FORGE_CLUSTER_ATTRIBUTE __cluster_dims__(FORGE_CLUSTER, 1, 1)
+#else
+#define FORGE_CLUSTER_ATTRIBUTE
+#endif
+
+extern "C" __global__ void FORGE_CLUSTER_ATTRIBUTE __launch_bounds__(forge::THREADS, 1)
     forge_wgrad_sm90(const __grid_constant__ forge::Params p) {
     using namespace forge;
     extern __shared__ __align__(1024) u8 shared[];
@@ -400,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(forge::THREADS, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 4);  // the warps of the consumer that used it
+            barrier_init(empty + 8 * i, 4 * CLUSTER);  // the warps of the consumers that used it
         }
         for (int i = 0; i < 2 * CONSUMERS * SLOTS; ++i) {
             // A ring: SLOTS `full` barriers, then SLOTS `done` ones, by the warps of its consumer.
@@ -408,7 +446,8 @@ extern "C" __global__ void __launch_bounds__(forge::THREADS, 1)
         }
         barrier_init_fence();
     }
-    __syncthreads();
+    if (CLUSTER > 1) cluster_sync();
+    else __syncthreads();
     const u32 group = warp_index() / 4;
     if (group == CONSUMERS) {
         registers_lower<24>();
@@ -424,5 +463,10 @@ extern "C" __global__ void __launch_bounds__(forge::THREADS, 1)
         registers_raise<240>();
         consumer_loop(p, shared, group, full, empty, rings + 16 * SLOTS * group,
                       rings + 16 * SLOTS * group + 8 * SLOTS);
+    }
+    // Nobody leaves while others still load into its memory or arrive on its barriers.
+    if (CLUSTER > 1) {
+        __syncwarp();
+        cluster_sync();
     }
 }
