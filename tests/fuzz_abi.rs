@@ -30,8 +30,15 @@ use std::collections::BTreeMap;
 use std::ffi::CStr;
 use world::{Context, Failure, World};
 
-/// Statuses that no argument of a caller's can cause: a thread pool that the system refuses, a bug.
-const NOT_THE_CALLERS: &[forge_status] = &[FORGE_ERROR_THREADS, FORGE_ERROR_PANIC];
+/// Statuses that no call on the CPU can be made to give: a thread pool that the system refuses, a
+/// bug, and what only a GPU has.
+const NOT_THE_CALLERS: &[forge_status] = &[
+    FORGE_ERROR_THREADS,
+    FORGE_ERROR_PANIC,
+    FORGE_ERROR_WORKSPACE,
+    FORGE_ERROR_DEVICE,
+    FORGE_ERROR_COMPILE,
+];
 
 /// Calls that one linear is used for.
 const CALLS_OF_A_LINEAR: usize = 8;
