@@ -20,9 +20,10 @@ static_assert(LANES == 16, "half a warp has a row");
 constexpr bool VECTOR = FORGE_VECTOR != 0;
 constexpr int N_STATES = FORGE_N_STATES;
 constexpr int STATE_FORMAT[3] = {FORGE_STATE0_FORMAT, FORGE_STATE1_FORMAT, FORGE_STATE2_FORMAT};
-constexpr bool STATE_SIGNED[3] = {FORGE_STATE0_KIND == 0, FORGE_STATE1_KIND == 0, FORGE_STATE2_KIND == 0};
-constexpr int F32 = 0, BF16 = 1, Q8 = 2;                     // state formats
-constexpr int W_F32 = 0, W_BF16 = 1, W_MASTER = 2, W_LOW = 3;  // weight formats
+template <int K>
+constexpr bool STATE_SIGNED = (K == 0 ? FORGE_STATE0_KIND : K == 1 ? FORGE_STATE1_KIND : FORGE_STATE2_KIND) == 0;
+enum : int { F32 = 0, BF16 = 1, Q8 = 2 };                       // state formats
+enum : int { W_F32 = 0, W_BF16 = 1, W_MASTER = 2, W_LOW = 3 };  // weight formats
 constexpr bool WEIGHT_DRAWS = FORGE_WEIGHT_FORMAT == W_BF16 && FORGE_WEIGHT_STOCHASTIC != 0;
 template <int K>
 constexpr bool STATE_DRAWS = FORGE_STATE_STOCHASTIC != 0 && STATE_FORMAT[K] != F32;
@@ -201,8 +202,8 @@ template <int K>
 FORGE_DEVICE float state_value(const StateRun& run, int i) {
     if constexpr (STATE_FORMAT[K] == BF16) return formats::widen_bf16(run.half.value[i]);
     if constexpr (STATE_FORMAT[K] == Q8)
-        return formats::q8_decode<STATE_SIGNED[K]>(
-            run.codes.value[i], formats::q8_decode_factor<STATE_SIGNED[K]>(run.scale));
+        return formats::q8_decode<STATE_SIGNED<K>>(
+            run.codes.value[i], formats::q8_decode_factor<STATE_SIGNED<K>>(run.scale));
     return run.full.value[i];
 }
 
@@ -232,7 +233,7 @@ FORGE_DEVICE void store_state(const ShardArrays& arrays, const Place& place, con
 #pragma unroll
         for (int distance = LANES / 2; distance > 0; distance /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
-        const formats::Q8Block<STATE_SIGNED[K]> block(largest);
+        const formats::Q8Block<STATE_SIGNED<K>> block(largest);
         Run<u8> run;
 #pragma unroll
         for (int i = 0; i < RUN; ++i)

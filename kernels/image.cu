@@ -10,7 +10,7 @@ constexpr int THREADS = 256, BLOCK = 128, PER_LANE = BLOCK / 32;
 constexpr bool IS_WEIGHT = FORGE_IMAGE == 0;
 constexpr bool SIGNED = FORGE_KIND == 0;
 constexpr bool IS_Q8 = !IS_WEIGHT && FORGE_FORMAT == 2;
-constexpr int BF16 = 1, W_MASTER = 2, W_LOW = 3;
+enum : int { BF16 = 1, W_MASTER = 2, W_LOW = 3 };
 
 struct Place {
     u64 row, col;

@@ -96,7 +96,7 @@ impl Table {
         for path in names.iter().map(PathBuf::from).chain(beside.filter(|p| p.exists())) {
             match Self::open(&path) {
                 Ok(table) => return Ok(table),
-                Err(why) => tried.push(format!("{}: {why}", path.display())),
+                Err(e) => tried.push(format!("{}: {}", path.display(), super::libraries::why(e))),
             }
         }
         tracing::debug!(target: "forge", "cuBLASLt: {}", tried.join("; "));

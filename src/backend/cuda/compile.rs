@@ -78,7 +78,7 @@ impl Nvrtc {
 
     /// Loads the library of this path or name.
     pub fn open(path: &Path) -> std::result::Result<Self, String> {
-        let text = |e: libloading::Error| e.to_string();
+        let text = super::libraries::why;
         let mut libraries = Vec::new();
         // NVRTC opens its builtins by name when it compiles, which finds a loaded one.
         if let Some(builtins) = builtins_beside(path) {

@@ -27,3 +27,9 @@ pub fn directories(wheel: &str) -> Vec<PathBuf> {
     add("/usr/local/cuda/lib64".into());
     out
 }
+
+/// The loader's own words, which libloading keeps as the error's source.
+pub fn why(error: libloading::Error) -> String {
+    let source = std::error::Error::source(&error).map(ToString::to_string);
+    source.unwrap_or_else(|| error.to_string())
+}
