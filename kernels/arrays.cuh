@@ -48,11 +48,10 @@ constexpr ArraySpec array_spec(int array) {
     return {0, false, false};
 }
 
-constexpr bool any_q8() {
-    bool any = false;
-    for (int i = 0; i < N_STATES; ++i) any = any || STATE[i] == StateFormat::Q8;
-    return any && MODE == Mode::Update;
+constexpr bool is_q8(int state) {
+    return MODE == Mode::Update && state < N_STATES && STATE[state] == StateFormat::Q8;
 }
+constexpr bool any_q8() { return is_q8(0) || is_q8(1) || is_q8(2); }
 
 constexpr int CHUNK_ROWS = 32, CHUNK_COLS = FORGE_CHUNK_COLS, SLOTS = FORGE_SLOTS;
 
@@ -73,8 +72,12 @@ constexpr int SLOT_BYTES = array_offset(N_ARRAYS);
 constexpr int loaded_bytes() {
     int bytes = 0;
     for (int i = 0; i < N_ARRAYS; ++i) bytes += array_spec(i).loads ? array_bytes(i) : 0;
+    for (int i = 0; i < 3; ++i) bytes += is_q8(i) ? CHUNK_ROWS * 4 : 0;
     return bytes;
 }
+// Of each q8 state the scales of a chunk's rows, outside the slots, whose parts are swizzled.
+constexpr int SCALE_BYTES = CHUNK_ROWS * 4;
+constexpr int SLOT_SCALE_BYTES = any_q8() ? 3 * SCALE_BYTES : 0;
 constexpr int SLOT_LOAD_BYTES = loaded_bytes();
 constexpr bool STREAMS = SLOT_BYTES > 0;
 

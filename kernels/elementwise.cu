@@ -39,7 +39,7 @@ struct Place {
 // --- runs in memory: N elements of 1, 2 or 4 bytes ---
 
 template <class T>
-struct Run {
+struct alignas(sizeof(T) == 1 ? 8 : 16) Run {
     T value[RUN];
 };
 

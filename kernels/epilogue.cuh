@@ -57,10 +57,11 @@ struct Q8Row {
 template <bool SIGNED_CODE>
 FORGE_DEVICE float q8_decode(u32 byte_as_float, float decode) {
     if constexpr (SIGNED_CODE) {
-        const float level = bits_to_float(byte_as_float) - (BYTE_ZERO + 128.0f);
+        const float level = __fsub_rn(bits_to_float(byte_as_float), BYTE_ZERO + 128.0f);
         return __fmul_rn(__fmul_rn(level, fabsf(level)), decode);
     } else {
-        const float root = __fmul_rn(bits_to_float(byte_as_float) - BYTE_ZERO, decode);
+        // level · decode: the product with a power of two that is taken away is exact.
+        const float root = __fmaf_rn(bits_to_float(byte_as_float), decode, -BYTE_ZERO * decode);
         return __fmul_rn(root, root);
     }
 }
@@ -71,7 +72,7 @@ FORGE_DEVICE float q8_decode_factor(float scale) {
     return scale * (SIGNED_CODE ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f);
 }
 
-// `value`: m itself, or sqrt(v).
+// `value`: m itself, or sqrt(v). The code is the result's low byte.
 template <bool SIGNED_CODE>
 FORGE_DEVICE u32 q8_encode(float value, float factor) {
     if constexpr (SIGNED_CODE) {
@@ -79,18 +80,11 @@ FORGE_DEVICE u32 q8_encode(float value, float factor) {
         return float_to_bits(
             __fmaf_rn(fast_sqrt(fabsf(value)), signed_factor, ROUND_MAGIC + 128.0f));
     } else {
-        float position = __fmul_rn(value, factor);
+        float code = __fmaf_rn(value, factor, ROUND_MAGIC);
         // Nearest, but a non-zero v never gets code 0: it divides.
-        if (value > 0.0f) position = fmaxf(position, 1.0f);
-        return float_to_bits(__fadd_rn(position, ROUND_MAGIC));
+        if (value > 0.0f) code = fmaxf(code, ROUND_MAGIC + 1.0f);
+        return float_to_bits(code);
     }
-}
-
-// m, or sqrt(v); the largest number for one that overflowed, since 0 · ∞ would be NaN.
-template <bool SIGNED_CODE>
-FORGE_DEVICE float q8_bounded(float value) {
-    if constexpr (SIGNED_CODE) return fmaxf(fminf(value, LARGEST), -LARGEST);
-    else return fminf(fast_sqrt(value), 1.8446743e19f);
 }
 
 template <bool SIGNED_CODE>
@@ -221,8 +215,9 @@ struct ChunkUpdate {
     }
 
     // `grad`: dW of the lane's pairs. `index`: global index of the chunk's first column in the row.
+    // `scales`: of the row's q8 blocks, in shared memory.
     FORGE_DEVICE void run(u8* slot, const float (&grad)[CHUNK_COLS / 4], u64 index,
-                          float* const (&scales)[3], const float (&old_scales)[3]) {
+                          float* const (&scales)[3]) {
         constexpr int PAIRS = CHUNK_COLS / 8;
         Q8Row q8[3];
         // q8 states wait here until their block's maximum is known.
@@ -230,8 +225,8 @@ struct ChunkUpdate {
         float kept[3][KEPT];
 #pragma unroll
         for (int s = 0; s < N_STATES; ++s) {
-            q8[s].decode = SIGNED[s] ? q8_decode_factor<true>(old_scales[s])
-                                     : q8_decode_factor<false>(old_scales[s]);
+            const float scale = STATE[s] == StateFormat::Q8 ? *scales[s] : 0.0f;
+            q8[s].decode = SIGNED[s] ? q8_decode_factor<true>(scale) : q8_decode_factor<false>(scale);
             q8[s].largest = 0.0f;
         }
 #pragma unroll
@@ -275,9 +270,8 @@ struct ChunkUpdate {
                     if (FORGE_STATE_STOCHASTIC && STATE[i] == StateFormat::Bf16)
                         state_headroom[i] = fmaf(sy[i], HEADROOM, fmaf(sx[i], HEADROOM, state_headroom[i]));
                     if (STATE[i] == StateFormat::Q8) {
-                        const float2 v =
-                            SIGNED[i] ? make_float2(q8_bounded<true>(s[i][p].x), q8_bounded<true>(s[i][p].y))
-                                      : make_float2(q8_bounded<false>(s[i][p].x), q8_bounded<false>(s[i][p].y));
+                        const float2 v = SIGNED[i] ? s[i][p]
+                                                   : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
                         q8[i].largest = fmaxf(q8[i].largest, fmaxf(fabsf(v.x), fabsf(v.y)));
                         kept[i][2 * j] = v.x;
                         kept[i][2 * j + 1] = v.y;
@@ -312,12 +306,12 @@ struct ChunkUpdate {
         }
     }
 
-    // A quad's row of 128 columns is one block; the host takes this path for whole blocks only. `scale`: where its scale lives, null outside W.
+    // A quad's row of 128 columns is one block; the host takes this path for whole blocks only.
     template <int S, int KEPT>
     FORGE_DEVICE void encode(u8* slot, float (&values)[KEPT], float largest, float* scale) const {
         static_assert(CHUNK_COLS == 128, "a chunk holds whole q8 blocks");
         constexpr bool CODE = SIGNED[S];
-        largest = quad_maximum(largest);
+        largest = fminf(quad_maximum(largest), LARGEST);
         const float factor = q8_encode_factor<CODE>(largest);
         u8* part = slot + array_offset(A_STATE0 + S);
 #pragma unroll
@@ -326,7 +320,8 @@ struct ChunkUpdate {
             const u32 y = q8_encode<CODE>(values[2 * j + 1], factor);
             *reinterpret_cast<u16*>(part + offset<1>(j)) = static_cast<u16>(__byte_perm(x, y, 0x0040));
         }
-        if (lane.q == 0 && scale != nullptr) *scale = largest < SMALLEST_NORMAL ? 0.0f : largest;
+        __syncwarp();
+        if (lane.q == 0) *scale = largest < SMALLEST_NORMAL ? 0.0f : largest;
     }
 };
 

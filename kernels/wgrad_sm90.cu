@@ -33,7 +33,8 @@ constexpr int CHUNKS = 4 * COL_CHUNKS;
 
 // Dynamic shared memory, from a 1024-byte boundary: stages, slots of both rings, barriers.
 constexpr u32 SLOTS_AT = STAGES * STAGE_BYTES;
-constexpr u32 BARRIERS_AT = SLOTS_AT + CONSUMERS * SLOTS * SLOT_BYTES;
+constexpr u32 SCALES_AT = SLOTS_AT + CONSUMERS * SLOTS * SLOT_BYTES;
+constexpr u32 BARRIERS_AT = SCALES_AT + CONSUMERS * SLOTS * SLOT_SCALE_BYTES;
 constexpr int N_BARRIERS = 2 * STAGES + 2 * CONSUMERS * SLOTS;
 constexpr u32 SHARED_BYTES = BARRIERS_AT + 8 * N_BARRIERS;
 
@@ -41,6 +42,8 @@ struct Params {
     // Of each streamed array two: its rows 0..7 and its rows 8..15 of every 16. backend::cuda::sm90
     // makes them.
     TensorMap arrays[N_ARRAYS][2];
+    // Of the scales of q8 states [ceil(cols/128)][rows], likewise.
+    TensorMap scales[3][2];
     TensorMap dy[FORGE_MAX_SEGMENTS];
     TensorMap x[FORGE_MAX_SEGMENTS];
     u32 token_blocks[FORGE_MAX_SEGMENTS];  // of TILE_TOKENS
@@ -52,7 +55,6 @@ struct Params {
     u64 global_cols;   // stride of the global index
     StepSource step;
     RoundKeys keys;    // Philox's, of `step`
-    float* scales[3];  // of q8 states: [ceil(cols/128)][rows]
     TilePartial* partials;  // of each tile, or null
 };
 
@@ -165,9 +167,25 @@ FORGE_DEVICE void move_chunk(const Params& p, u32 slot, u32 barrier, u32 row, u3
     }
 }
 
+template <int STATE_INDEX, bool LOAD>
+FORGE_DEVICE void move_scales(const Params& p, u32 scales, u32 barrier, u32 row, u32 col, u32 chunk) {
+    if constexpr (is_q8(STATE_INDEX)) {
+        const TensorMap* map = &p.scales[STATE_INDEX][chunk / COL_CHUNKS % 2];
+        const i32 group = row / 16 + chunk / (2 * COL_CHUNKS) * 4;
+        const i32 block = (col + chunk % COL_CHUNKS * CHUNK_COLS) / 128;
+        const u32 at = scales + STATE_INDEX * SCALE_BYTES;
+        if constexpr (LOAD) tma_load_3d(at, map, barrier, 0, group, block);
+        else tma_store_3d(map, at, 0, group, block);
+    }
+}
+
 template <bool LOAD>
-FORGE_DEVICE void move_arrays(const Params& p, u32 slot, u32 barrier, u32 row, u32 col, u32 chunk) {
+FORGE_DEVICE void move_arrays(const Params& p, u32 slot, u32 scales, u32 barrier, u32 row, u32 col,
+                              u32 chunk) {
     if (LOAD) barrier_arrive_expect(barrier, SLOT_LOAD_BYTES);
+    move_scales<0, LOAD>(p, scales, barrier, row, col, chunk);
+    move_scales<1, LOAD>(p, scales, barrier, row, col, chunk);
+    move_scales<2, LOAD>(p, scales, barrier, row, col, chunk);
     move_chunk<0, LOAD>(p, slot, barrier, row, col, chunk);
     move_chunk<1, LOAD>(p, slot, barrier, row, col, chunk);
     move_chunk<2, LOAD>(p, slot, barrier, row, col, chunk);
@@ -183,7 +201,7 @@ constexpr bool any_store() {
 }
 
 // Streams the arrays of one consumer's tiles. `full` and `done`: barriers of its ring.
-FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 full, u32 done) {
+FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 scales, u32 full, u32 done) {
     const Walk walk(p);
     const u32 first = walk.first + consumer * walk.step;
     if (first >= walk.places) return;
@@ -194,6 +212,7 @@ FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 fu
 #pragma unroll 1
     for (u32 ahead = 0; store_place < walk.places; ring.advance()) {
         const u32 slot = slots + ring.index * SLOT_BYTES;
+        const u32 slot_scales = scales + ring.index * SLOT_SCALE_BYTES;
         if (ahead < SLOTS) {
             ++ahead;
         } else {
@@ -202,7 +221,7 @@ FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 fu
             if constexpr (any_store()) {
                 const TileIndex tile = walk.tile(p, store_place);
                 if (leader) {
-                    move_arrays<false>(p, slot, 0, tile.m * TILE_ROWS, tile.n * TILE_COLS, store_chunk);
+                    move_arrays<false>(p, slot, slot_scales, 0, tile.m * TILE_ROWS, tile.n * TILE_COLS, store_chunk);
                     tma_commit();
                     tma_wait_read<0>();
                 }
@@ -216,7 +235,7 @@ FORGE_DEVICE void stream_arrays(const Params& p, u32 consumer, u32 slots, u32 fu
         if (load_place < walk.places) {
             const TileIndex tile = walk.tile(p, load_place);
             if (leader)
-                move_arrays<true>(p, slot, full + 8 * ring.index, tile.m * TILE_ROWS,
+                move_arrays<true>(p, slot, slot_scales, full + 8 * ring.index, tile.m * TILE_ROWS,
                                   tile.n * TILE_COLS, load_chunk);
             if (++load_chunk == CHUNKS) {
                 load_chunk = 0;
@@ -273,8 +292,8 @@ FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 sta
 
 // Waits for a chunk, works on it in place, and hands it to the DMA warp.
 template <int COL, int REGISTERS>
-FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS], u32 tile_row, u32 tile_col,
-                            u32 half, u32 row8, bool finite, u8* slots, u32 full, u32 done,
+FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS],
+                            u32 half, u32 row8, bool finite, u8* slots, u8* slot_scales, u32 full, u32 done,
                             Ring<SLOTS>& ring, ChunkUpdate& update, const Lane& lane) {
     const u32 row_in_tile = half * 64 + row8 * 8;
     float grad[CHUNK_COLS / 4];
@@ -284,26 +303,17 @@ FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS], u32 
         grad[2 * j] = row8 == 0 ? acc[at] : acc[at + 2];
         grad[2 * j + 1] = row8 == 0 ? acc[at + 1] : acc[at + 3];
     }
-    float* scales[3] = {nullptr, nullptr, nullptr};
-    float old_scales[3] = {0.0f, 0.0f, 0.0f};
-    if constexpr (any_q8()) {
-        const u32 row = tile_row + row_in_tile + lane.warp * 16 + lane.row;
-        const u32 block = (tile_col + COL) / 128;
-        if (row < p.rows) {
-#pragma unroll
-            for (int s = 0; s < N_STATES; ++s) {
-                if (STATE[s] == StateFormat::Q8) {
-                    scales[s] = p.scales[s] + static_cast<u64>(block) * p.rows + row;
-                    old_scales[s] = *scales[s];
-                }
-            }
-        }
-    }
     barrier_wait(full + 8 * ring.index, ring.parity);
     u8* slot = slots + ring.index * SLOT_BYTES;
+    float* scales[3];
+#pragma unroll
+    for (int s = 0; s < 3; ++s) {
+        u8* at = slot_scales + ring.index * SLOT_SCALE_BYTES + s * SCALE_BYTES;
+        scales[s] = reinterpret_cast<float*>(at) + lane.warp * 8 + lane.row;
+    }
     if constexpr (MODE == Mode::Update) {
         const u64 index = lane.first_index + row_in_tile * lane.global_cols + COL;
-        if (finite) update.run(slot, grad, index, scales, old_scales);
+        if (finite) update.run(slot, grad, index, scales);
     } else {
 #pragma unroll
         for (int j = 0; j < CHUNK_COLS / 8; ++j) {
@@ -321,12 +331,12 @@ FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS], u32 
 // What becomes of the tile's registers, chunk by chunk.
 template <int REGISTERS>
 FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex tile, u32 consumer,
-                          u8* slots, u32 full, u32 done, Ring<SLOTS>& ring, const Lane& lane) {
-    const u32 tile_row = tile.m * TILE_ROWS, tile_col = tile.n * TILE_COLS;
+                          u8* slots, u8* slot_scales, u32 full, u32 done, Ring<SLOTS>& ring,
+                          const Lane& lane) {
     bool finite = true;
     if constexpr (MODE != Mode::Accumulate) {
         if constexpr (!FORGE_ACCUMULATOR) {
-            float squares = sum_of_squares(acc);
+            const float squares = sum_of_squares(acc);
             double total = squares;
             bool bad = false;
             if (!(squares <= 3.4e38f)) {
@@ -334,6 +344,15 @@ FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex
                 const float scaled = sum_of_squares(acc, SQUARE_SCALE);
                 total = static_cast<double>(scaled) / (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
                 bad = !(scaled <= 3.4e38f);
+                if constexpr (any_q8()) {
+                    // Their squares must not overflow either: 0 · ∞ within a block would be NaN.
+                    const float most = 1e19f / fmaxf(1.0f, fabsf(p.step.value.grad_scale));
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+#pragma unroll
+                        for (int i = 0; i < REGISTERS; ++i)
+                            acc[half][i] = fminf(fmaxf(acc[half][i], -most), most);
+                }
             }
             finite = !named_barrier_any(3 + consumer, 128, bad);
             if (p.partials != nullptr) {
@@ -356,20 +375,11 @@ FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex
     // cache, which costs more than moving the second half's accumulators.
 #pragma unroll 1
     for (u32 half = 0; half < 2; ++half) {
-        if constexpr (any_q8()) {
-            // Its code is longer: one body for the rows and those 8 below as well.
-#pragma unroll 1
-            for (u32 row8 = 0; row8 < 2; ++row8)
-                one_chunk<0>(p, acc[0], tile_row, tile_col, half, row8, finite, slots, full, done, ring,
-                             update, lane);
-        } else {
-            for_constants<CHUNKS / 2>([&](auto constant) {
-                constexpr int C = decltype(constant)::value;
-                one_chunk<C % COL_CHUNKS * CHUNK_COLS>(p, acc[0], tile_row, tile_col, half,
-                                                       C / COL_CHUNKS, finite, slots, full, done, ring,
-                                                       update, lane);
-            });
-        }
+        for_constants<CHUNKS / 2>([&](auto constant) {
+            constexpr int C = decltype(constant)::value;
+            one_chunk<C % COL_CHUNKS * CHUNK_COLS>(p, acc[0], half, C / COL_CHUNKS, finite, slots,
+                                                   slot_scales, full, done, ring, update, lane);
+        });
 #pragma unroll
         for (int i = 0; i < REGISTERS; ++i) acc[0][i] = acc[1][i];
     }
@@ -415,8 +425,8 @@ FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 f
                         thread % 4,
                         p.first_index + first_row * p.global_cols + tile.n * TILE_COLS,
                         p.global_cols};
-        consume(p, acc, tile, consumer, shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES, ring_full,
-                ring_done, ring, lane);
+        consume(p, acc, tile, consumer, shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES,
+                shared + SCALES_AT + consumer * SLOTS * SLOT_SCALE_BYTES, ring_full, ring_done, ring, lane);
     }
 }
 
@@ -457,6 +467,7 @@ extern "C" __global__ void FORGE_CLUSTER_ATTRIBUTE __launch_bounds__(forge::THRE
         } else if (STREAMS && warp <= CONSUMERS) {
             const u32 consumer = warp - 1;
             stream_arrays(p, consumer, shared_address(shared) + SLOTS_AT + consumer * SLOTS * SLOT_BYTES,
+                          shared_address(shared) + SCALES_AT + consumer * SLOTS * SLOT_SCALE_BYTES,
                           rings + 16 * SLOTS * consumer, rings + 16 * SLOTS * consumer + 8 * SLOTS);
         }
     } else {
