@@ -28,6 +28,11 @@ constexpr bool WEIGHT_DRAWS = FORGE_WEIGHT_FORMAT == W_BF16 && FORGE_WEIGHT_STOC
 template <int K>
 constexpr bool STATE_DRAWS = FORGE_STATE_STOCHASTIC != 0 && STATE_FORMAT[K] != F32;
 
+// Blocks that share an SM: three where the registers suffice, for more loads in flight.
+constexpr bool FEW_REGISTERS = VECTOR && FORGE_STATE_STOCHASTIC == 0 && FORGE_STATE0_FORMAT != Q8 &&
+                               FORGE_STATE1_FORMAT != Q8 && FORGE_STATE2_FORMAT != Q8;
+constexpr int BLOCKS = FEW_REGISTERS ? 3 : 2;
+
 // A thread's run of 8 elements of one row.
 struct Place {
     u64 at;      // of the first element in the shard's arrays
@@ -284,9 +289,11 @@ FORGE_DEVICE void update(const ShardArrays& arrays, const Place& place, const Me
 using namespace forge;
 
 // `gradient`: the region's first element, rows `stride` apart; null: zeros.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     forge_elementwise(ShardArrays arrays, Shard shard, Region region, const float* gradient, u64 stride,
                       const __grid_constant__ StepSource source, TilePartial* partials) {
+    // The tile's gradient waits here for its turn; each thread reads only what it wrote.
+    __shared__ float4 waiting[PASSES][2][THREADS];
     __shared__ double sums[THREADS / 32];
     __shared__ StepScalars scalars;
     if (threadIdx.x == 0) scalars = source.device != nullptr ? *source.device : source.value;
@@ -308,7 +315,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     // The first pass's arrays are on their way while the gradient is looked at.
     Memory memory = load(arrays, place_of(0));
 
-    float g[PASSES][RUN];
     double squares = 0.0;
     bool finite = true;
 #pragma unroll
@@ -320,20 +326,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         if (gradient != nullptr) run = load_run<float>(gradient, place);
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {
-            g[pass][i] = run.value[i];
             squares += static_cast<double>(run.value[i]) * static_cast<double>(run.value[i]);
             finite = finite && is_finite(__fmul_rn(run.value[i], step.grad_scale));
         }
+        waiting[pass][0][threadIdx.x] = make_float4(run.value[0], run.value[1], run.value[2], run.value[3]);
+        waiting[pass][1][threadIdx.x] = make_float4(run.value[4], run.value[5], run.value[6], run.value[7]);
     }
     const bool skip = __syncthreads_or(!finite);
     const double sum = block_sum<THREADS>(squares, sums);
     if (threadIdx.x == 0 && partials != nullptr) partials[blockIdx.x] = {sum, skip ? 1u : 0u, 0u};
     if (skip) return;
 
-#pragma unroll
+#pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
         const Memory current = memory;
         if (pass + 1 < PASSES) memory = load(arrays, place_of(pass + 1));
-        update(arrays, place_of(pass), current, g[pass], step);
+        const float4 a = waiting[pass][0][threadIdx.x], b = waiting[pass][1][threadIdx.x];
+        const float g[RUN] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        update(arrays, place_of(pass), current, g, step);
     }
 }

@@ -34,6 +34,9 @@ step "Python lint" "$bin/ruff" check .
 step "shell lint" on_files "$bin/shellcheck" -- '*.sh' .ci/run
 step "Rust lint" cargo clippy --all-targets --quiet -- -D warnings
 step "Rust docs" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+# torch's wheels bring NVRTC, with which the kernels are compiled; no GPU is needed for that.
+FORGE_NVRTC=${FORGE_NVRTC:-$(find "$PWD/.venv/lib" -name 'libnvrtc.so.1[23]' | sort | tail -n 1)}
+export FORGE_NVRTC
 step "Rust and C tests" cargo test --quiet
 step "Python tests" "$bin/python" -m pytest -q tests/python
 step "Megatron tests" "$bin/python" -m pytest -q tests/megatron

@@ -109,10 +109,10 @@ static double forge_clipped_step(forge_linear *linear, const forge_parameter *pa
                                  const float *dy, const float *x, int t) {
     const forge_const_buffer no_accumulator = {NULL, 0};
     forge_segment segments[MICRO_BATCHES];
-    forge_norm gram, tiles;
+    forge_norm gram, tiles, device;
     forge_step step;
     forge_update update;
-    forge_report report;
+    forge_report report, device_report;
     double norm = 0.0, coefficient = 0.0;
     int first = 0;
 
@@ -134,6 +134,11 @@ static double forge_clipped_step(forge_linear *linear, const forge_parameter *pa
     OK(forge_linear_norm(linear, segments, MICRO_BATCHES, no_accumulator, FORGE_NORM_TILES, &tiles,
                          NULL));
     REQUIRE(gram.method == FORGE_NORM_GRAM && tiles.method == FORGE_NORM_TILES);
+    /* In the backend's memory, whose former contents do not matter. */
+    memset(&device, 0x5a, sizeof device);
+    OK(forge_linear_norm_async(linear, segments, MICRO_BATCHES, no_accumulator, FORGE_NORM_TILES,
+                               &device, NULL));
+    REQUIRE(memcmp(&device, &tiles, sizeof device) == 0);
     REQUIRE(gram.nonfinite == 0 && tiles.nonfinite == 0);
     REQUIRE(fabs(gram.sum_of_squares / tiles.sum_of_squares - 1.0) < 1e-5);
     OK(forge_clip_coefficient(tiles.sum_of_squares, 1.0, MAX_NORM, &norm, &coefficient));
@@ -156,7 +161,10 @@ static double forge_clipped_step(forge_linear *linear, const forge_parameter *pa
     update.parameter = parameter;
     update.step = &step;
     report.struct_size = sizeof report;
+    memset(&device_report, 0x5a, sizeof device_report);
+    update.device_report = &device_report;
     OK(forge_linear_update(linear, &update, &report, NULL));
+    REQUIRE(memcmp(&device_report, &report, sizeof report) == 0);
     REQUIRE(report.tiles > 0 && report.nonfinite_tiles == 0);
     /* The update saw the very gradient that the norm was taken of. */
     REQUIRE(report.sum_of_squares == tiles.sum_of_squares);

@@ -275,6 +275,18 @@ static void calls(void) {
            forge_linear_norm(linear, &segment, 1, none, 3, &memory.norm_out, NULL));
     const forge_buffer fp32 = {memory.fp32, sizeof memory.fp32};
     EXPECT(FORGE_ERROR_STATE_INDEX, "index", forge_linear_export_state(linear, &p, 2, fp32, NULL));
+    EXPECT(FORGE_ERROR_STREAM, "stream", forge_linear_export_weight(linear, &p, fp32, &segment));
+    EXPECT(FORGE_ERROR_NULL, "device_out",
+           forge_linear_norm_async(linear, &segment, 1, none, FORGE_NORM_AUTO, NULL, NULL));
+    b.device_report = (forge_report *)p.weight.data;
+    EXPECT(FORGE_ERROR_OVERLAP, "device_report", forge_linear_backward(linear, &b, report, NULL));
+    b.device_report = (forge_report *)((char *)&memory.norm_out + 1);
+    EXPECT(FORGE_ERROR_MISALIGNED, "device_report",
+           forge_linear_backward(linear, &b, report, NULL));
+    EXPECT(FORGE_ERROR_NULL, "out_bytes", forge_context_workspace_bytes(memory.context, NULL));
+    EXPECT(FORGE_ERROR_NULL, "context",
+           forge_context_workspace_bytes(NULL, &memory.workspace_bytes));
+    EXPECT(FORGE_ERROR_NULL, "context", forge_context_set_workspace(NULL, fp32));
 }
 
 static void a_failing_collective(void) {

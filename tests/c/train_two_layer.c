@@ -167,9 +167,10 @@ int main(void) {
     static layer first, second;
     static reference ref1, ref2;
     forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 2, NULL};
+    const forge_buffer no_workspace = {NULL, 0};
     forge_context *context = NULL;
     forge_comm *comm = NULL;
-    uint64_t seed = 1;
+    uint64_t seed = 1, workspace_bytes = 1;
     double first_loss = 0.0, last_loss = 0.0, reference_loss = 0.0;
 
     /* An 8x8 grid of points and a constant (the bias), and two smooth functions of them. */
@@ -183,6 +184,10 @@ int main(void) {
     }
 
     OK(forge_context_new(&config, &context));
+    /* The CPU wants no workspace, and takes none amiss. */
+    OK(forge_context_workspace_bytes(context, &workspace_bytes));
+    REQUIRE(workspace_bytes == 0);
+    OK(forge_context_set_workspace(context, no_workspace));
     OK(forge_comm_new_solo(context, &comm));
     layer_init(&first, context, comm, IN, HIDDEN, 1, &seed);
     layer_init(&second, context, comm, HIDDEN, OUT, 2, &seed);

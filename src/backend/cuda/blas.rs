@@ -24,7 +24,8 @@ const OP_T: c_int = 1;
 const PREF_MAX_WORKSPACE_BYTES: c_int = 1;
 const PREF_REDUCTION_SCHEME_MASK: c_int = 3;
 const PREF_MIN_ALIGNMENT_A: c_int = 5;
-const NOT_SUPPORTED: c_int = 15;
+/// What the heuristic says of sizes, strides or alignments for which there is no algorithm.
+const WITHOUT_ALGORITHM: [c_int; 2] = [7, 15]; // INVALID_VALUE, NOT_SUPPORTED
 /// No split of the summed dimension: each element is summed by one thread block.
 const REDUCTION_NONE: u32 = 0;
 
@@ -373,7 +374,7 @@ fn make_plan(table: &'static Table, handle: &Handle, shape: &Shape) -> Result<Pl
         );
         (table.preference_destroy)(preference);
         check("cublasLtMatmulPreferenceSetAttribute", set)?;
-        if status != NOT_SUPPORTED {
+        if !WITHOUT_ALGORITHM.contains(&status) {
             check("cublasLtMatmulAlgoGetHeuristic", status)?;
             plan.chosen = (found > 0 && best.state == 0).then_some(best);
         }

@@ -6,6 +6,7 @@ use crate::error::{Error, Result, bail, forge_status};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use cudarc::driver::{CudaContext, DriverError};
 use std::ffi::{CStr, c_void};
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 /// An address in device memory.
@@ -56,7 +57,7 @@ pub struct Properties {
 
 /// A GPU's primary context, which frameworks use as well.
 pub struct Device {
-    context: Arc<CudaContext>,
+    context: ManuallyDrop<Arc<CudaContext>>,
     /// What it is.
     pub properties: Properties,
 }
@@ -133,7 +134,7 @@ impl Device {
                 properties.capability.1
             );
         }
-        Ok(Self { context, properties })
+        Ok(Self { context: ManuallyDrop::new(context), properties })
     }
 
     /// Makes the context this thread's current one until the guard is dropped, so that a caller who
@@ -142,6 +143,19 @@ impl Device {
         // SAFETY: the context lives as long as `self`.
         check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(self.context.cu_ctx()) })?;
         Ok(Entered(std::marker::PhantomData))
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // cudarc makes the context current to release it; put back what was there.
+        let before = current();
+        // SAFETY: dropped once, here.
+        unsafe { ManuallyDrop::drop(&mut self.context) };
+        if let Ok(before) = before {
+            // SAFETY: a context that was current, or null; on failure there is nothing to be done.
+            let _ = unsafe { sys::cuCtxSetCurrent(before) };
+        }
     }
 }
 
