@@ -1,9 +1,9 @@
 // The rule over an fp32 gradient that is in memory: a panel of dW, an accumulator, or zeros.
 //
-// A block takes a tile of 64 × 128. It first looks at the whole tile's gradient; if an element, or its
-// product with grad_scale, is not finite, no weight or state of the tile is touched. Then it goes
-// through the tile 16 rows at a time: a thread has 8 consecutive elements, 16 lanes have a row,
-// which is one q8 block. The loads of a pass are all in flight before its first use.
+// A block takes a tile of 64 × 128. It first looks at the whole tile's gradient; if an element, or
+// its product with grad_scale, is not finite, no weight or state of the tile is touched. Then it
+// goes through the tile 16 rows at a time: a thread has 8 consecutive elements, 16 lanes have a
+// row, which is one q8 block. The loads of a pass are all in flight before its first use.
 #include "formats.cuh"
 #include "philox.cuh"
 #include "prelude.cuh"
@@ -21,12 +21,13 @@ constexpr bool VECTOR = FORGE_VECTOR != 0;
 constexpr int N_STATES = FORGE_N_STATES;
 constexpr int STATE_FORMAT[3] = {FORGE_STATE0_FORMAT, FORGE_STATE1_FORMAT, FORGE_STATE2_FORMAT};
 template <int K>
-constexpr bool STATE_SIGNED = (K == 0 ? FORGE_STATE0_KIND : K == 1 ? FORGE_STATE1_KIND : FORGE_STATE2_KIND) == 0;
-enum : int { F32 = 0, BF16 = 1, Q8 = 2 };                       // state formats
-enum : int { W_F32 = 0, W_BF16 = 1, W_MASTER = 2, W_LOW = 3 };  // weight formats
+constexpr bool STATE_SIGNED = (K == 0   ? FORGE_STATE0_KIND
+                               : K == 1 ? FORGE_STATE1_KIND
+                                        : FORGE_STATE2_KIND) == 0;
+enum : int { F32 = 0, BF16 = 1, Q8 = 2 };                      // state formats
+enum : int { W_F32 = 0, W_BF16 = 1, W_MASTER = 2, W_LOW = 3 }; // weight formats
 constexpr bool WEIGHT_DRAWS = FORGE_WEIGHT_FORMAT == W_BF16 && FORGE_WEIGHT_STOCHASTIC != 0;
-template <int K>
-constexpr bool STATE_DRAWS = FORGE_STATE_STOCHASTIC != 0 && STATE_FORMAT[K] != F32;
+template <int K> constexpr bool STATE_DRAWS = FORGE_STATE_STOCHASTIC != 0 && STATE_FORMAT[K] != F32;
 
 // Blocks that share an SM: three where the registers suffice, for more loads in flight.
 constexpr bool FEW_REGISTERS = VECTOR && FORGE_STATE_STOCHASTIC == 0 && FORGE_STATE0_FORMAT != Q8 &&
@@ -35,71 +36,72 @@ constexpr int BLOCKS = FEW_REGISTERS ? 3 : 2;
 
 // A thread's run of 8 elements of one row.
 struct Place {
-    u64 at;      // of the first element in the shard's arrays
-    u64 global;  // its global index
-    u64 scale;   // of its row's q8 block
-    u32 count;   // elements that exist, from the first on
+    u64 at;     // of the first element in the shard's arrays
+    u64 global; // its global index
+    u64 scale;  // of its row's q8 block
+    u32 count;  // elements that exist, from the first on
 };
 
 // --- runs in memory: N elements of 1, 2 or 4 bytes ---
 
-template <class T>
-struct alignas(sizeof(T) == 1 ? 8 : 16) Run {
+template <class T> struct alignas(sizeof(T) == 1 ? 8 : 16) Run {
     T value[RUN];
 };
 
-template <class T>
-FORGE_DEVICE Run<T> load_run(const void* data, const Place& place) {
+template <class T> FORGE_DEVICE Run<T> load_run(const void *data, const Place &place) {
     Run<T> run{};
-    const T* p = static_cast<const T*>(data) + place.at;
+    const T *p = static_cast<const T *>(data) + place.at;
     if constexpr (VECTOR) {
-        if (place.count == 0) return run;
+        if (place.count == 0)
+            return run;
         if constexpr (sizeof(T) == 4) {
-            reinterpret_cast<uint4*>(&run)[0] = __ldcs(reinterpret_cast<const uint4*>(p));
-            reinterpret_cast<uint4*>(&run)[1] = __ldcs(reinterpret_cast<const uint4*>(p) + 1);
+            reinterpret_cast<uint4 *>(&run)[0] = __ldcs(reinterpret_cast<const uint4 *>(p));
+            reinterpret_cast<uint4 *>(&run)[1] = __ldcs(reinterpret_cast<const uint4 *>(p) + 1);
         } else if constexpr (sizeof(T) == 2) {
-            reinterpret_cast<uint4*>(&run)[0] = __ldcs(reinterpret_cast<const uint4*>(p));
+            reinterpret_cast<uint4 *>(&run)[0] = __ldcs(reinterpret_cast<const uint4 *>(p));
         } else {
-            reinterpret_cast<uint2*>(&run)[0] = __ldcs(reinterpret_cast<const uint2*>(p));
+            reinterpret_cast<uint2 *>(&run)[0] = __ldcs(reinterpret_cast<const uint2 *>(p));
         }
     } else {
 #pragma unroll
         for (u32 i = 0; i < RUN; ++i)
-            if (i < place.count) run.value[i] = p[i];
+            if (i < place.count)
+                run.value[i] = p[i];
     }
     return run;
 }
 
-template <class T>
-FORGE_DEVICE void store_run(void* data, const Place& place, const Run<T>& run) {
-    T* p = static_cast<T*>(data) + place.at;
+template <class T> FORGE_DEVICE void store_run(void *data, const Place &place, const Run<T> &run) {
+    T *p = static_cast<T *>(data) + place.at;
     if constexpr (VECTOR) {
-        if (place.count == 0) return;
+        if (place.count == 0)
+            return;
         if constexpr (sizeof(T) == 4) {
-            __stcs(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4*>(&run)[0]);
-            __stcs(reinterpret_cast<uint4*>(p) + 1, reinterpret_cast<const uint4*>(&run)[1]);
+            __stcs(reinterpret_cast<uint4 *>(p), reinterpret_cast<const uint4 *>(&run)[0]);
+            __stcs(reinterpret_cast<uint4 *>(p) + 1, reinterpret_cast<const uint4 *>(&run)[1]);
         } else if constexpr (sizeof(T) == 2) {
-            __stcs(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4*>(&run)[0]);
+            __stcs(reinterpret_cast<uint4 *>(p), reinterpret_cast<const uint4 *>(&run)[0]);
         } else {
-            __stcs(reinterpret_cast<uint2*>(p), reinterpret_cast<const uint2*>(&run)[0]);
+            __stcs(reinterpret_cast<uint2 *>(p), reinterpret_cast<const uint2 *>(&run)[0]);
         }
     } else {
 #pragma unroll
         for (u32 i = 0; i < RUN; ++i)
-            if (i < place.count) p[i] = run.value[i];
+            if (i < place.count)
+                p[i] = run.value[i];
     }
 }
 
 // --- draws: 16 bits for each element of the run ---
 
 struct RunDraws {
-    u32 pair[RUN / 2];  // elements 2i and 2i + 1
+    u32 pair[RUN / 2]; // elements 2i and 2i + 1
     FORGE_DEVICE u32 operator[](int i) const { return (pair[i / 2] >> (16 * (i % 2))) & 0xFFFFu; }
 };
 
-// Of the 32 elements of four neighbouring lanes each lane makes one Philox call, which gives word j for
-// lane j; the lanes then transpose the 4 × 4 words. All lanes of the warp take part.
-FORGE_DEVICE RunDraws shared_draws(const StepScalars& step, Stream stream, u64 global) {
+// Of the 32 elements of four neighbouring lanes each lane makes one Philox call, which gives word j
+// for lane j; the lanes then transpose the 4 × 4 words. All lanes of the warp take part.
+FORGE_DEVICE RunDraws shared_draws(const StepScalars &step, Stream stream, u64 global) {
     const u32 q = threadIdx.x & 3u;
     const Draws d = draw_call(step, stream, global / 32, q);
     u32 a = d.word[0], b = d.word[1], c = d.word[2], e = d.word[3];
@@ -124,12 +126,14 @@ FORGE_DEVICE RunDraws shared_draws(const StepScalars& step, Stream stream, u64 g
     return {{a, b, c, e}};
 }
 
-FORGE_DEVICE RunDraws draws(const StepScalars& step, Stream stream, const Place& place) {
-    if constexpr (VECTOR) return shared_draws(step, stream, place.global);
+FORGE_DEVICE RunDraws draws(const StepScalars &step, Stream stream, const Place &place) {
+    if constexpr (VECTOR)
+        return shared_draws(step, stream, place.global);
     RunDraws out{};
 #pragma unroll
     for (u32 i = 0; i < RUN; ++i)
-        if (i < place.count) out.pair[i / 2] |= draw_one(step, stream, place.global + i) << (16 * (i % 2));
+        if (i < place.count)
+            out.pair[i / 2] |= draw_one(step, stream, place.global + i) << (16 * (i % 2));
     return out;
 }
 
@@ -141,29 +145,34 @@ struct WeightRun {
     Run<u16> upper, lower;
 };
 
-FORGE_DEVICE WeightRun load_weight(const ShardArrays& arrays, const Place& place) {
+FORGE_DEVICE WeightRun load_weight(const ShardArrays &arrays, const Place &place) {
     WeightRun run;
-    if constexpr (FORGE_WEIGHT_FORMAT == W_F32) run.full = load_run<float>(arrays.weight, place);
-    if constexpr (FORGE_WEIGHT_FORMAT == W_MASTER) run.full = load_run<float>(arrays.extra, place);
+    if constexpr (FORGE_WEIGHT_FORMAT == W_F32)
+        run.full = load_run<float>(arrays.weight, place);
+    if constexpr (FORGE_WEIGHT_FORMAT == W_MASTER)
+        run.full = load_run<float>(arrays.extra, place);
     if constexpr (FORGE_WEIGHT_FORMAT == W_BF16 || FORGE_WEIGHT_FORMAT == W_LOW)
         run.upper = load_run<u16>(arrays.weight, place);
-    if constexpr (FORGE_WEIGHT_FORMAT == W_LOW) run.lower = load_run<u16>(arrays.extra, place);
+    if constexpr (FORGE_WEIGHT_FORMAT == W_LOW)
+        run.lower = load_run<u16>(arrays.extra, place);
     return run;
 }
 
-FORGE_DEVICE float weight_value(const WeightRun& run, int i) {
-    if constexpr (FORGE_WEIGHT_FORMAT == W_BF16) return formats::widen_bf16(run.upper.value[i]);
+FORGE_DEVICE float weight_value(const WeightRun &run, int i) {
+    if constexpr (FORGE_WEIGHT_FORMAT == W_BF16)
+        return formats::widen_bf16(run.upper.value[i]);
     if constexpr (FORGE_WEIGHT_FORMAT == W_LOW)
         return formats::join_halves(run.upper.value[i], run.lower.value[i]);
     return run.full.value[i];
 }
 
-FORGE_DEVICE void store_weight(const ShardArrays& arrays, const Place& place, const float* w,
-                               const StepScalars& step) {
+FORGE_DEVICE void store_weight(const ShardArrays &arrays, const Place &place, const float *w,
+                               const StepScalars &step) {
     Run<float> full;
     Run<u16> upper, lower;
     RunDraws random{};
-    if constexpr (WEIGHT_DRAWS) random = draws(step, Stream::Weight, place);
+    if constexpr (WEIGHT_DRAWS)
+        random = draws(step, Stream::Weight, place);
 #pragma unroll
     for (int i = 0; i < RUN; ++i) {
         full.value[i] = w[i];
@@ -176,10 +185,14 @@ FORGE_DEVICE void store_weight(const ShardArrays& arrays, const Place& place, co
             upper.value[i] = static_cast<u16>(formats::narrow_bf16(w[i]));
         }
     }
-    if constexpr (FORGE_WEIGHT_FORMAT == W_F32) store_run(arrays.weight, place, full);
-    if constexpr (FORGE_WEIGHT_FORMAT != W_F32) store_run(arrays.weight, place, upper);
-    if constexpr (FORGE_WEIGHT_FORMAT == W_MASTER) store_run(arrays.extra, place, full);
-    if constexpr (FORGE_WEIGHT_FORMAT == W_LOW) store_run(arrays.extra, place, lower);
+    if constexpr (FORGE_WEIGHT_FORMAT == W_F32)
+        store_run(arrays.weight, place, full);
+    if constexpr (FORGE_WEIGHT_FORMAT != W_F32)
+        store_run(arrays.weight, place, upper);
+    if constexpr (FORGE_WEIGHT_FORMAT == W_MASTER)
+        store_run(arrays.extra, place, full);
+    if constexpr (FORGE_WEIGHT_FORMAT == W_LOW)
+        store_run(arrays.extra, place, lower);
 }
 
 // --- states ---
@@ -191,11 +204,12 @@ struct StateRun {
     float scale;
 };
 
-template <int K>
-FORGE_DEVICE StateRun load_state(const ShardArrays& arrays, const Place& place) {
+template <int K> FORGE_DEVICE StateRun load_state(const ShardArrays &arrays, const Place &place) {
     StateRun run;
-    if constexpr (STATE_FORMAT[K] == F32) run.full = load_run<float>(arrays.states[K], place);
-    if constexpr (STATE_FORMAT[K] == BF16) run.half = load_run<u16>(arrays.states[K], place);
+    if constexpr (STATE_FORMAT[K] == F32)
+        run.full = load_run<float>(arrays.states[K], place);
+    if constexpr (STATE_FORMAT[K] == BF16)
+        run.half = load_run<u16>(arrays.states[K], place);
     if constexpr (STATE_FORMAT[K] == Q8) {
         run.codes = load_run<u8>(arrays.states[K], place);
         run.scale = place.count > 0 ? arrays.scales[K][place.scale] : 0.0f;
@@ -203,9 +217,9 @@ FORGE_DEVICE StateRun load_state(const ShardArrays& arrays, const Place& place) 
     return run;
 }
 
-template <int K>
-FORGE_DEVICE float state_value(const StateRun& run, int i) {
-    if constexpr (STATE_FORMAT[K] == BF16) return formats::widen_bf16(run.half.value[i]);
+template <int K> FORGE_DEVICE float state_value(const StateRun &run, int i) {
+    if constexpr (STATE_FORMAT[K] == BF16)
+        return formats::widen_bf16(run.half.value[i]);
     if constexpr (STATE_FORMAT[K] == Q8)
         return formats::q8_decode<STATE_SIGNED<K>>(
             run.codes.value[i], formats::q8_decode_factor<STATE_SIGNED<K>>(run.scale));
@@ -213,15 +227,16 @@ FORGE_DEVICE float state_value(const StateRun& run, int i) {
 }
 
 template <int K>
-FORGE_DEVICE void store_state(const ShardArrays& arrays, const Place& place, const float* s,
-                              const StepScalars& step) {
+FORGE_DEVICE void store_state(const ShardArrays &arrays, const Place &place, const float *s,
+                              const StepScalars &step) {
     RunDraws random{};
     if constexpr (STATE_DRAWS<K>)
         random = draws(step, static_cast<Stream>(static_cast<u32>(Stream::State0) + K), place);
     if constexpr (STATE_FORMAT[K] == F32) {
         Run<float> run;
 #pragma unroll
-        for (int i = 0; i < RUN; ++i) run.value[i] = s[i];
+        for (int i = 0; i < RUN; ++i)
+            run.value[i] = s[i];
         store_run(arrays.states[K], place, run);
     } else if constexpr (STATE_FORMAT[K] == BF16) {
         Run<u16> run;
@@ -234,7 +249,8 @@ FORGE_DEVICE void store_state(const ShardArrays& arrays, const Place& place, con
         float largest = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < RUN; ++i)
-            if (i < place.count) largest = fmaxf(largest, fabsf(s[i]));
+            if (i < place.count)
+                largest = fmaxf(largest, fabsf(s[i]));
 #pragma unroll
         for (int distance = LANES / 2; distance > 0; distance /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
@@ -244,7 +260,8 @@ FORGE_DEVICE void store_state(const ShardArrays& arrays, const Place& place, con
         for (int i = 0; i < RUN; ++i)
             run.value[i] = static_cast<u8>(block.template encode<STATE_DRAWS<K>>(s[i], random[i]));
         store_run(arrays.states[K], place, run);
-        if (threadIdx.x % LANES == 0 && place.count > 0) arrays.scales[K][place.scale] = block.scale;
+        if (threadIdx.x % LANES == 0 && place.count > 0)
+            arrays.scales[K][place.scale] = block.scale;
     }
 }
 
@@ -255,56 +272,69 @@ struct Memory {
     StateRun states[N_STATES > 0 ? N_STATES : 1];
 };
 
-FORGE_DEVICE Memory load(const ShardArrays& arrays, const Place& place) {
+FORGE_DEVICE Memory load(const ShardArrays &arrays, const Place &place) {
     Memory memory;
     memory.weight = load_weight(arrays, place);
-    if constexpr (N_STATES > 0) memory.states[0] = load_state<0>(arrays, place);
-    if constexpr (N_STATES > 1) memory.states[1] = load_state<1>(arrays, place);
-    if constexpr (N_STATES > 2) memory.states[2] = load_state<2>(arrays, place);
+    if constexpr (N_STATES > 0)
+        memory.states[0] = load_state<0>(arrays, place);
+    if constexpr (N_STATES > 1)
+        memory.states[1] = load_state<1>(arrays, place);
+    if constexpr (N_STATES > 2)
+        memory.states[2] = load_state<2>(arrays, place);
     return memory;
 }
 
-FORGE_DEVICE void update(const ShardArrays& arrays, const Place& place, const Memory& memory,
-                         const float* g, const StepScalars& step) {
+FORGE_DEVICE void update(const ShardArrays &arrays, const Place &place, const Memory &memory,
+                         const float *g, const StepScalars &step) {
     float w[RUN], states[3][RUN];
 #pragma unroll
     for (int i = 0; i < RUN; ++i) {
         float s[3] = {0.0f, 0.0f, 0.0f};
         w[i] = weight_value(memory.weight, i);
-        if constexpr (N_STATES > 0) s[0] = state_value<0>(memory.states[0], i);
-        if constexpr (N_STATES > 1) s[1] = state_value<1>(memory.states[1], i);
-        if constexpr (N_STATES > 2) s[2] = state_value<2>(memory.states[2], i);
+        if constexpr (N_STATES > 0)
+            s[0] = state_value<0>(memory.states[0], i);
+        if constexpr (N_STATES > 1)
+            s[1] = state_value<1>(memory.states[1], i);
+        if constexpr (N_STATES > 2)
+            s[2] = state_value<2>(memory.states[2], i);
         FORGE_RULE::update(step.constants, __fmul_rn(g[i], step.grad_scale), w[i], s);
 #pragma unroll
-        for (int k = 0; k < N_STATES; ++k) states[k][i] = s[k];
+        for (int k = 0; k < N_STATES; ++k)
+            states[k][i] = s[k];
     }
     store_weight(arrays, place, w, step);
-    if constexpr (N_STATES > 0) store_state<0>(arrays, place, states[0], step);
-    if constexpr (N_STATES > 1) store_state<1>(arrays, place, states[1], step);
-    if constexpr (N_STATES > 2) store_state<2>(arrays, place, states[2], step);
+    if constexpr (N_STATES > 0)
+        store_state<0>(arrays, place, states[0], step);
+    if constexpr (N_STATES > 1)
+        store_state<1>(arrays, place, states[1], step);
+    if constexpr (N_STATES > 2)
+        store_state<2>(arrays, place, states[2], step);
 }
 
-}  // namespace forge
+} // namespace forge
 
 using namespace forge;
 
 // `gradient`: the region's first element, rows `stride` apart; null: zeros.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    forge_elementwise(ShardArrays arrays, Shard shard, Region region, const float* gradient, u64 stride,
-                      const __grid_constant__ StepSource source, TilePartial* partials) {
+    forge_elementwise(ShardArrays arrays, Shard shard, Region region, const float *gradient,
+                      u64 stride, const __grid_constant__ StepSource source,
+                      TilePartial *partials) {
     // The tile's gradient waits here for its turn; each thread reads only what it wrote.
     __shared__ float4 waiting[PASSES][2][THREADS];
     __shared__ double sums[THREADS / 32];
     __shared__ StepScalars scalars;
-    if (threadIdx.x == 0) scalars = source.device != nullptr ? *source.device : source.value;
+    if (threadIdx.x == 0)
+        scalars = source.device != nullptr ? *source.device : source.value;
     __syncthreads();
-    const StepScalars& step = scalars;
+    const StepScalars &step = scalars;
 
     const u64 tiles_across = (region.cols + TILE_COLS - 1) / TILE_COLS;
     const u64 tile_row = blockIdx.x / tiles_across * TILE_ROWS;
     const u64 col = blockIdx.x % tiles_across * TILE_COLS + threadIdx.x % LANES * RUN;
     const u32 row_in_pass = threadIdx.x / LANES;
-    const u32 width = col < region.cols ? static_cast<u32>(min(region.cols - col, static_cast<u64>(RUN))) : 0u;
+    const u32 width =
+        col < region.cols ? static_cast<u32>(min(region.cols - col, static_cast<u64>(RUN))) : 0u;
 
     const auto place_of = [&](int pass) {
         const u64 row = tile_row + static_cast<u64>(pass) * PASS_ROWS + row_in_pass;
@@ -323,24 +353,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const u64 row = tile_row + static_cast<u64>(pass) * PASS_ROWS + row_in_pass;
         place.at = row * stride + col;
         Run<float> run{};
-        if (gradient != nullptr) run = load_run<float>(gradient, place);
+        if (gradient != nullptr)
+            run = load_run<float>(gradient, place);
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {
             squares += static_cast<double>(run.value[i]) * static_cast<double>(run.value[i]);
             finite = finite && is_finite(__fmul_rn(run.value[i], step.grad_scale));
         }
-        waiting[pass][0][threadIdx.x] = make_float4(run.value[0], run.value[1], run.value[2], run.value[3]);
-        waiting[pass][1][threadIdx.x] = make_float4(run.value[4], run.value[5], run.value[6], run.value[7]);
+        waiting[pass][0][threadIdx.x] =
+            make_float4(run.value[0], run.value[1], run.value[2], run.value[3]);
+        waiting[pass][1][threadIdx.x] =
+            make_float4(run.value[4], run.value[5], run.value[6], run.value[7]);
     }
     const bool skip = __syncthreads_or(!finite);
     const double sum = block_sum<THREADS>(squares, sums);
-    if (threadIdx.x == 0 && partials != nullptr) partials[blockIdx.x] = {sum, skip ? 1u : 0u, 0u};
-    if (skip) return;
+    if (threadIdx.x == 0 && partials != nullptr)
+        partials[blockIdx.x] = {sum, skip ? 1u : 0u, 0u};
+    if (skip)
+        return;
 
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
         const Memory current = memory;
-        if (pass + 1 < PASSES) memory = load(arrays, place_of(pass + 1));
+        if (pass + 1 < PASSES)
+            memory = load(arrays, place_of(pass + 1));
         const float4 a = waiting[pass][0][threadIdx.x], b = waiting[pass][1][threadIdx.x];
         const float g[RUN] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
         update(arrays, place_of(pass), current, g, step);

@@ -1,6 +1,6 @@
-// How factors, weights and states are stored: src/format in CUDA. The roundings into bf16 and its halves
-// give the CPU's bits; the q8 codes keep its bounds (see src/format/q8.rs) to within 1e-4 of them,
-// with the fast root and reciprocal.
+// How factors, weights and states are stored: src/format in CUDA. The roundings into bf16 and its
+// halves give the CPU's bits; the q8 codes keep its bounds (see src/format/q8.rs) to within 1e-4 of
+// them, with the fast root and reciprocal.
 #pragma once
 #include "prelude.cuh"
 
@@ -55,26 +55,27 @@ FORGE_DEVICE u32 narrow_f16(float value) {
 
 // --- factors: 0 fp32, 1 bf16, 2 fp16 ---
 
-template <int DTYPE>
-struct FactorBits {
+template <int DTYPE> struct FactorBits {
     using Type = u16;
 };
-template <>
-struct FactorBits<0> {
+template <> struct FactorBits<0> {
     using Type = float;
 };
 
-template <int DTYPE>
-FORGE_DEVICE float load_factor(const void* data, u64 at) {
-    if constexpr (DTYPE == 0) return static_cast<const float*>(data)[at];
-    if constexpr (DTYPE == 1) return widen_bf16(static_cast<const u16*>(data)[at]);
-    return widen_f16(static_cast<const u16*>(data)[at]);
+template <int DTYPE> FORGE_DEVICE float load_factor(const void *data, u64 at) {
+    if constexpr (DTYPE == 0)
+        return static_cast<const float *>(data)[at];
+    if constexpr (DTYPE == 1)
+        return widen_bf16(static_cast<const u16 *>(data)[at]);
+    return widen_f16(static_cast<const u16 *>(data)[at]);
 }
-template <int DTYPE>
-FORGE_DEVICE void store_factor(void* data, u64 at, float value) {
-    if constexpr (DTYPE == 0) static_cast<float*>(data)[at] = value;
-    if constexpr (DTYPE == 1) static_cast<u16*>(data)[at] = static_cast<u16>(narrow_bf16(value));
-    if constexpr (DTYPE == 2) static_cast<u16*>(data)[at] = static_cast<u16>(narrow_f16(value));
+template <int DTYPE> FORGE_DEVICE void store_factor(void *data, u64 at, float value) {
+    if constexpr (DTYPE == 0)
+        static_cast<float *>(data)[at] = value;
+    if constexpr (DTYPE == 1)
+        static_cast<u16 *>(data)[at] = static_cast<u16>(narrow_bf16(value));
+    if constexpr (DTYPE == 2)
+        static_cast<u16 *>(data)[at] = static_cast<u16>(narrow_f16(value));
 }
 
 // --- q8: src/format/q8.rs ---
@@ -82,16 +83,15 @@ FORGE_DEVICE void store_factor(void* data, u64 at, float value) {
 constexpr float LARGEST = 3.4028234663852886e38f;
 // 1.5 · 2^23: adding it rounds to the nearest integer, which then stands in the low bits.
 constexpr float ROUND_MAGIC = 12582912.0f;
-// Blocks below this are lifted by a power of two, so that roots and reciprocals stay normal numbers.
+// Blocks below this are lifted by a power of two, so that roots and reciprocals stay normal
+// numbers.
 constexpr float TINY = 1e-30f;
 
 // What a code is worth: over the squared levels (signed) or the levels (root) of the scale.
-template <bool SIGNED>
-FORGE_DEVICE float q8_decode_factor(float scale) {
+template <bool SIGNED> FORGE_DEVICE float q8_decode_factor(float scale) {
     return __fmul_rn(scale, SIGNED ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f);
 }
-template <bool SIGNED>
-FORGE_DEVICE float q8_decode(u32 code, float factor) {
+template <bool SIGNED> FORGE_DEVICE float q8_decode(u32 code, float factor) {
     if constexpr (SIGNED) {
         const float level = static_cast<float>(static_cast<int>(code) - 128);
         return __fmul_rn(__fmul_rn(level, fabsf(level)), factor);
@@ -102,41 +102,43 @@ FORGE_DEVICE float q8_decode(u32 code, float factor) {
 }
 
 // A block's constants: from the largest |value| of it, NaN left out.
-template <bool SIGNED>
-struct Q8Block {
-    float scale;   // as stored: max |m|, or max sqrt(v)
-    float lift;    // of values, a power of two
-    float factor;  // from the root of a lifted value to its position among the codes
+template <bool SIGNED> struct Q8Block {
+    float scale;  // as stored: max |m|, or max sqrt(v)
+    float lift;   // of values, a power of two
+    float factor; // from the root of a lifted value to its position among the codes
 
     FORGE_DEVICE explicit Q8Block(float largest) {
         // What overflowed counts as the largest number: 0 · ∞ would be NaN.
         largest = fminf(largest, LARGEST);
-        lift = largest < TINY ? 1.8446744073709552e19f : 1.0f;  // 2^64
+        lift = largest < TINY ? 1.8446744073709552e19f : 1.0f; // 2^64
         const float root = fast_sqrt(__fmul_rn(largest, lift));
         factor = root > 0.0f ? __fmul_rn(SIGNED ? 127.0f : 255.0f, fast_reciprocal(root)) : 0.0f;
-        scale = SIGNED ? largest : __fmul_rn(root, largest < TINY ? 2.3283064365386963e-10f : 1.0f);  // 2^-32
+        scale = SIGNED ? largest
+                       : __fmul_rn(root, largest < TINY ? 2.3283064365386963e-10f : 1.0f); // 2^-32
     }
 
     // `draw` of 16 bits decides where rounding is stochastic.
-    template <bool STOCHASTIC>
-    FORGE_DEVICE u32 encode(float value, u32 draw) const {
+    template <bool STOCHASTIC> FORGE_DEVICE u32 encode(float value, u32 draw) const {
         const float magnitude = fminf(fabsf(value), LARGEST);
         const float root = fast_sqrt(__fmul_rn(magnitude, lift));
         constexpr float MOST = SIGNED ? 127.0f : 255.0f;
         float position = __fmul_rn(root, factor);
         if constexpr (STOCHASTIC)
-            position = floorf(__fadd_rn(position, __fmul_rn(static_cast<float>(draw), 1.0f / 65536.0f)));
+            position =
+                floorf(__fadd_rn(position, __fmul_rn(static_cast<float>(draw), 1.0f / 65536.0f)));
         position = fminf(position, MOST);
         if constexpr (SIGNED) {
             // One addition rounds and adds the code of zero.
-            return float_to_bits(__fadd_rn(copysignf(position, value), ROUND_MAGIC + 128.0f)) & 0xFFu;
+            return float_to_bits(__fadd_rn(copysignf(position, value), ROUND_MAGIC + 128.0f)) &
+                   0xFFu;
         } else {
             // A non-zero second moment never gets code 0: it divides.
-            if (value > 0.0f) position = fmaxf(position, 1.0f);
+            if (value > 0.0f)
+                position = fmaxf(position, 1.0f);
             return float_to_bits(__fadd_rn(position, ROUND_MAGIC)) & 0xFFu;
         }
     }
 };
 
-}  // namespace formats
-}  // namespace forge
+} // namespace formats
+} // namespace forge

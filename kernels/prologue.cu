@@ -1,5 +1,5 @@
-// The scalars of a step from device memory, where the host does not know them (a captured graph): the
-// constants that src/rule computes on the host otherwise, in fp64 as well.
+// The scalars of a step from device memory, where the host does not know them (a captured graph):
+// the constants that src/rule computes on the host otherwise, in fp64 as well.
 #include "prelude.cuh"
 #include "rules.cuh"
 
@@ -13,7 +13,7 @@ struct ScalarsInMemory {
 };
 
 extern "C" __global__ void __launch_bounds__(1)
-    forge_prologue(const ScalarsInMemory* source, u32 parameter, u32 maximize, StepScalars* out) {
+    forge_prologue(const ScalarsInMemory *source, u32 parameter, u32 maximize, StepScalars *out) {
     StepScalars s{};
     FORGE_RULE::constants(static_cast<double>(source->step), source->hyper, s.constants);
     const float scale = static_cast<float>(source->grad_scale);

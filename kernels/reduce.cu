@@ -20,7 +20,7 @@ static_assert(sizeof(Report) == 32 && sizeof(Norm) == 24, "the C ABI's");
 constexpr int THREADS = 256, REDUCE_THREADS = 1024;
 
 // Σ of all partials, for thread 0: each thread takes every 1024th, then a tree.
-FORGE_DEVICE double sum_of(const TilePartial* partials, u64 count, u64& nonfinite) {
+FORGE_DEVICE double sum_of(const TilePartial *partials, u64 count, u64 &nonfinite) {
     __shared__ double sums[REDUCE_THREADS / 32];
     __shared__ u32 bad[REDUCE_THREADS / 32];
     double sum = 0.0;
@@ -30,44 +30,53 @@ FORGE_DEVICE double sum_of(const TilePartial* partials, u64 count, u64& nonfinit
         skipped += partials[i].nonfinite;
     }
     skipped = __reduce_add_sync(0xFFFFFFFFu, skipped);
-    if (threadIdx.x % 32 == 0) bad[threadIdx.x / 32] = skipped;
+    if (threadIdx.x % 32 == 0)
+        bad[threadIdx.x / 32] = skipped;
     sum = block_sum<REDUCE_THREADS>(sum, sums);
     nonfinite = 0;
     if (threadIdx.x == 0)
-        for (int warp = 0; warp < REDUCE_THREADS / 32; ++warp) nonfinite += bad[warp];
+        for (int warp = 0; warp < REDUCE_THREADS / 32; ++warp)
+            nonfinite += bad[warp];
     return sum;
 }
 
-}  // namespace forge
+} // namespace forge
 
 using namespace forge;
 
 extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
-    forge_report(const TilePartial* partials, u64 count, Report* first, Report* second) {
+    forge_report(const TilePartial *partials, u64 count, Report *first, Report *second) {
     u64 nonfinite;
     const double sum = sum_of(partials, count, nonfinite);
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x != 0)
+        return;
     const Report report = {sizeof(Report), 0, count, nonfinite, sum};
-    if (first != nullptr) *first = report;
-    if (second != nullptr) *second = report;
+    if (first != nullptr)
+        *first = report;
+    if (second != nullptr)
+        *second = report;
 }
 
 extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
-    forge_norm(const TilePartial* partials, u64 count, u32 method, Norm* first, Norm* second) {
+    forge_norm(const TilePartial *partials, u64 count, u32 method, Norm *first, Norm *second) {
     u64 nonfinite;
     const double sum = sum_of(partials, count, nonfinite);
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x != 0)
+        return;
     // The square of an fp32 does not overflow an fp64: the sum is finite exactly if dW is.
     const bool bad = nonfinite > 0 || !is_finite(sum);
-    const double told = nonfinite > 0 && is_finite(sum) ? __longlong_as_double(0x7FF8000000000000ll) : sum;
+    const double told =
+        nonfinite > 0 && is_finite(sum) ? __longlong_as_double(0x7FF8000000000000ll) : sum;
     const Norm norm = {sizeof(Norm), method, told, bad ? 1u : 0u, 0};
-    if (first != nullptr) *first = norm;
-    if (second != nullptr) *second = norm;
+    if (first != nullptr)
+        *first = norm;
+    if (second != nullptr)
+        *second = norm;
 }
 
 // A partial for each tile of 64 × 128 of an fp32 matrix.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    forge_squares(const float* data, u64 stride, u64 rows, u64 cols, TilePartial* partials) {
+    forge_squares(const float *data, u64 stride, u64 rows, u64 cols, TilePartial *partials) {
     __shared__ double sums[THREADS / 32];
     const u64 across = (cols + TILE_COLS - 1) / TILE_COLS;
     const u64 row0 = blockIdx.x / across * TILE_ROWS, col0 = blockIdx.x % across * TILE_COLS;
@@ -80,5 +89,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         sum += static_cast<double>(x) * static_cast<double>(x);
     }
     sum = block_sum<THREADS>(sum, sums);
-    if (threadIdx.x == 0) partials[blockIdx.x] = {sum, is_finite(sum) ? 0u : 1u, 0u};
+    if (threadIdx.x == 0)
+        partials[blockIdx.x] = {sum, is_finite(sum) ? 0u : 1u, 0u};
 }

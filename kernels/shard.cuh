@@ -6,19 +6,21 @@ namespace forge {
 
 // Unused arrays are null.
 struct ShardArrays {
-    void* weight;     // model weight [rows, cols]
-    void* extra;      // master or lower halves [rows, cols]
-    void* states[3];  // [rows, cols]
-    float* scales[3]; // of q8 states [ceil(cols/128), rows]
+    void *weight;     // model weight [rows, cols]
+    void *extra;      // master or lower halves [rows, cols]
+    void *states[3];  // [rows, cols]
+    float *scales[3]; // of q8 states [ceil(cols/128), rows]
 };
 
 struct Shard {
     u64 rows, cols;
-    u64 first_index;  // global index of the first element
-    u64 global_cols;  // stride of the global index
+    u64 first_index; // global index of the first element
+    u64 global_cols; // stride of the global index
 
     FORGE_DEVICE u64 at(u64 row, u64 col) const { return row * cols + col; }
-    FORGE_DEVICE u64 global(u64 row, u64 col) const { return first_index + row * global_cols + col; }
+    FORGE_DEVICE u64 global(u64 row, u64 col) const {
+        return first_index + row * global_cols + col;
+    }
     FORGE_DEVICE u64 scale_at(u64 row, u64 col) const { return col / 128 * rows + row; }
 };
 
@@ -33,20 +35,21 @@ constexpr u32 TILE_ROWS = 64, TILE_COLS = 128;
 FORGE_DEVICE bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 FORGE_DEVICE bool is_finite(float x) { return fabsf(x) <= 3.4028234663852886e38f; }
 
-// Sum over the block in a fixed order, in all threads' hands for thread 0 only. `shared`: one double for
-// each warp.
-template <int THREADS>
-FORGE_DEVICE double block_sum(double x, double* shared) {
+// Sum over the block in a fixed order, in all threads' hands for thread 0 only. `shared`: one
+// double for each warp.
+template <int THREADS> FORGE_DEVICE double block_sum(double x, double *shared) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
         x += __shfl_down_sync(0xFFFFFFFFu, x, distance);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    if (threadIdx.x % 32 == 0)
+        shared[threadIdx.x / 32] = x;
     __syncthreads();
     double sum = 0.0;
     if (threadIdx.x == 0)
-        for (int warp = 0; warp < THREADS / 32; ++warp) sum += shared[warp];
+        for (int warp = 0; warp < THREADS / 32; ++warp)
+            sum += shared[warp];
     __syncthreads();
     return sum;
 }
 
-}  // namespace forge
+} // namespace forge
