@@ -3,6 +3,7 @@
 #pragma once
 #include "arrays.cuh"
 #include "philox.cuh"
+#include "rules.cuh"
 
 namespace forge {
 
@@ -114,16 +115,14 @@ struct Lane {
 // Σ (scale · dW)² over a lane's part of the tile. Not finite if an element is not, or if squares overflow;
 // with SQUARE_SCALE they cannot.
 constexpr float SQUARE_SCALE = 8.4703295e-22f;  // 2^-70
-template <int REGISTERS>
-FORGE_DEVICE float sum_of_squares(const float (&acc)[2][REGISTERS], float scale = 1.0f) {
+template <int N>
+FORGE_DEVICE float sum_of_squares(const float (&values)[N], float scale = 1.0f) {
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < REGISTERS; ++i) {
-            const float x = acc[half][i] * scale;
-            sums[i % 4] = __fmaf_rn(x, x, sums[i % 4]);
-        }
+    for (int i = 0; i < N; ++i) {
+        const float x = __fmul_rn(values[i], scale);
+        sums[i % 4] = __fmaf_rn(x, x, sums[i % 4]);
+    }
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
@@ -251,11 +250,7 @@ struct ChunkUpdate {
                 if constexpr (N_STATES > 0) s[0][p] = load_state<0>(slot, j, q8[0].decode);
                 if constexpr (N_STATES > 1) s[1][p] = load_state<1>(slot, j, q8[1].decode);
                 if constexpr (N_STATES > 2) s[2][p] = load_state<2>(slot, j, q8[2].decode);
-                float2 g = make_float2(grad[2 * j], grad[2 * j + 1]);
-#if FORGE_ACCUMULATOR
-                const float2 before = load_f32x2(slot + array_offset(A_ACCUMULATOR) + offset<4>(j));
-                g = make_float2(g.x + before.x, g.y + before.y);
-#endif
+                const float2 g = make_float2(grad[2 * j], grad[2 * j + 1]);
                 float sx[3], sy[3];
 #pragma unroll
                 for (int i = 0; i < N_STATES; ++i) {

@@ -32,6 +32,15 @@ struct RoundKeys {
     u32 key[10][2];
 };
 
+FORGE_DEVICE RoundKeys round_keys(const StepScalars& s) {
+    RoundKeys keys;
+    for (u32 round = 0; round < 10; ++round) {
+        keys.key[round][0] = s.key[0] + round * 0x9E3779B9u;
+        keys.key[round][1] = s.key[1] + round * 0xBB67AE85u;
+    }
+    return keys;
+}
+
 FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys& keys) {
 #pragma unroll
     for (int round = 0; round < 10; ++round) {

@@ -3,3 +3,13 @@
 #include "rules/adam.cuh"
 #include "rules/lion.cuh"
 #include "rules/sgd.cuh"
+
+namespace forge {
+
+// For kernels that apply none.
+struct NoRule {
+    static constexpr int STATES = 0;
+    FORGE_DEVICE static void update(const float*, float, float&, float*) {}
+};
+
+}  // namespace forge

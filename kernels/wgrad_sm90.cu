@@ -36,7 +36,15 @@ constexpr u32 SLOTS_AT = STAGES * STAGE_BYTES;
 constexpr u32 SCALES_AT = SLOTS_AT + CONSUMERS * SLOTS * SLOT_BYTES;
 constexpr u32 BARRIERS_AT = SCALES_AT + CONSUMERS * SLOTS * SLOT_SCALE_BYTES;
 constexpr int N_BARRIERS = 2 * STAGES + 2 * CONSUMERS * SLOTS;
-constexpr u32 SHARED_BYTES = BARRIERS_AT + 8 * N_BARRIERS;
+// A copy of the step's scalars where they come from device memory, and each consumer's four sums.
+struct Scalars {
+    StepScalars step;
+    RoundKeys keys;
+};
+constexpr u32 SUMS_AT = BARRIERS_AT + 8 * N_BARRIERS;
+constexpr u32 SCALARS_AT = SUMS_AT + 8 * 4 * CONSUMERS;
+// backend::cuda::sm90 computes the same.
+constexpr u32 SHARED_BYTES = SCALARS_AT + sizeof(Scalars);
 
 struct Params {
     // Of each streamed array two: its rows 0..7 and its rows 8..15 of every 16. backend::cuda::sm90
@@ -290,10 +298,51 @@ FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 sta
     }
 }
 
-// Waits for a chunk, works on it in place, and hands it to the DMA warp.
+// Σ of a lane's dW² and whether one of them is not finite.
+struct Squares {
+    double sum = 0.0;
+    bool bad = false;
+};
+
+// `values`: dW, or a part of it. For q8, values whose squares would overflow are cut to what does not.
+template <int N>
+FORGE_DEVICE void add_squares(Squares& squares, float (&values)[N], float grad_scale) {
+    const float sum = sum_of_squares(values);
+    if (sum <= 3.4e38f) {
+        squares.sum += sum;
+        return;
+    }
+    // A number that is not finite, or squares that overflow fp32.
+    const float scaled = sum_of_squares(values, SQUARE_SCALE);
+    squares.sum += static_cast<double>(scaled) / (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
+    squares.bad = squares.bad || !(scaled <= 3.4e38f);
+    if constexpr (any_q8()) {
+        // 0 · ∞ within a block would be NaN.
+        const float most = 1e19f / fmaxf(1.0f, fabsf(grad_scale));
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = fminf(fmaxf(values[i], -most), most);
+    }
+}
+
+// The sum over a warp's lanes goes to shared memory, for `write_partial`.
+FORGE_DEVICE void collect(double* sums, u32 warp, double sum) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+        sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
+    if (threadIdx.x % 32 == 0) sums[warp] = sum;
+}
+
+FORGE_DEVICE void write_partial(const Params& p, TileIndex tile, const double* sums, bool finite) {
+    if (threadIdx.x % 128 == 0 && tile.m < p.tiles_m) {
+        const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        p.partials[tile.m * p.tiles_n + tile.n] = {sum, finite ? 0u : 1u, 0u};
+    }
+}
+
+// Waits for a chunk, works on it in place, and hands it to the DMA warp. `acc`: of one m64 half.
 template <int COL, int REGISTERS>
-FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS],
-                            u32 half, u32 row8, bool finite, u8* slots, u8* slot_scales, u32 full, u32 done,
+FORGE_DEVICE void one_chunk(const float (&acc)[REGISTERS], u32 half, u32 row8, bool finite,
+                            Squares& squares, u8* slots, u8* slot_scales, u32 full, u32 done,
                             Ring<SLOTS>& ring, ChunkUpdate& update, const Lane& lane) {
     const u32 row_in_tile = half * 64 + row8 * 8;
     float grad[CHUNK_COLS / 4];
@@ -305,22 +354,34 @@ FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS],
     }
     barrier_wait(full + 8 * ring.index, ring.parity);
     u8* slot = slots + ring.index * SLOT_BYTES;
-    float* scales[3];
-#pragma unroll
-    for (int s = 0; s < 3; ++s) {
-        u8* at = slot_scales + ring.index * SLOT_SCALE_BYTES + s * SCALE_BYTES;
-        scales[s] = reinterpret_cast<float*>(at) + lane.warp * 8 + lane.row;
-    }
-    if constexpr (MODE == Mode::Update) {
-        const u64 index = lane.first_index + row_in_tile * lane.global_cols + COL;
-        if (finite) update.run(slot, grad, index, scales);
-    } else {
+    if constexpr (array_spec(A_ACCUMULATOR).bytes > 0) {
 #pragma unroll
         for (int j = 0; j < CHUNK_COLS / 8; ++j) {
             u8* at = slot + array_offset(A_ACCUMULATOR) + pair_offset<4>(j, lane.warp, lane.row, lane.q);
             const float2 before = load_f32x2(at);
-            store_f32x2(at, before.x + grad[2 * j], before.y + grad[2 * j + 1]);
+            grad[2 * j] = __fadd_rn(before.x, grad[2 * j]);
+            grad[2 * j + 1] = __fadd_rn(before.y, grad[2 * j + 1]);
+            if constexpr (MODE == Mode::Accumulate) store_f32x2(at, grad[2 * j], grad[2 * j + 1]);
         }
+        if constexpr (MODE != Mode::Accumulate) {
+            // Here a warp's part of a chunk is what is left alone, since the rest of the buffer's tile
+            // comes only when this chunk has gone.
+            Squares of_chunk;
+            add_squares(of_chunk, grad, update.step.grad_scale);
+            squares.sum += of_chunk.sum;
+            finite = !__any_sync(0xFFFFFFFFu, of_chunk.bad);
+            squares.bad = squares.bad || !finite;
+        }
+    }
+    if constexpr (MODE == Mode::Update) {
+        float* scales[3];
+#pragma unroll
+        for (int s = 0; s < 3; ++s) {
+            u8* at = slot_scales + ring.index * SLOT_SCALE_BYTES + s * SCALE_BYTES;
+            scales[s] = reinterpret_cast<float*>(at) + lane.warp * 8 + lane.row;
+        }
+        const u64 index = lane.first_index + row_in_tile * lane.global_cols + COL;
+        if (finite) update.run(slot, grad, index, scales);
     }
     fence_shared_for_tma();
     __syncwarp();
@@ -330,64 +391,56 @@ FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS],
 
 // What becomes of the tile's registers, chunk by chunk.
 template <int REGISTERS>
-FORGE_DEVICE void consume(const Params& p, float (&acc)[2][REGISTERS], TileIndex tile, u32 consumer,
-                          u8* slots, u8* slot_scales, u32 full, u32 done, Ring<SLOTS>& ring,
-                          const Lane& lane) {
+FORGE_DEVICE void consume(const Params& p, const StepScalars& step, const RoundKeys& keys,
+                          float (&acc)[2][REGISTERS], TileIndex tile, u32 consumer, u8* shared, u32 full,
+                          u32 done, Ring<SLOTS>& ring, const Lane& lane) {
+    double* sums = reinterpret_cast<double*>(shared + SUMS_AT) + 4 * consumer;
+    constexpr bool GUARDED = MODE != Mode::Accumulate;
+    constexpr bool ADDS = array_spec(A_ACCUMULATOR).bytes > 0;
+    Squares squares;
     bool finite = true;
-    if constexpr (MODE != Mode::Accumulate) {
-        if constexpr (!FORGE_ACCUMULATOR) {
-            const float squares = sum_of_squares(acc);
-            double total = squares;
-            bool bad = false;
-            if (!(squares <= 3.4e38f)) {
-                // A number that is not finite, or squares that overflow fp32.
-                const float scaled = sum_of_squares(acc, SQUARE_SCALE);
-                total = static_cast<double>(scaled) / (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
-                bad = !(scaled <= 3.4e38f);
-                if constexpr (any_q8()) {
-                    // Their squares must not overflow either: 0 · ∞ within a block would be NaN.
-                    const float most = 1e19f / fmaxf(1.0f, fabsf(p.step.value.grad_scale));
+    if constexpr (GUARDED && !ADDS) {
+        add_squares(squares, acc[0], step.grad_scale);
+        add_squares(squares, acc[1], step.grad_scale);
+        if (p.partials != nullptr) collect(sums, lane.warp, squares.sum);
+        finite = !named_barrier_any(3 + consumer, 128, squares.bad);
+        if (p.partials != nullptr) write_partial(p, tile, sums, finite);
+    }
+    if constexpr (STREAMS) {
+        u8* slots = shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES;
+        u8* slot_scales = shared + SCALES_AT + consumer * SLOTS * SLOT_SCALE_BYTES;
+        ChunkUpdate update{step, keys, lane};
+        // One body for both m64 halves: unrolled over the whole tile, the code would outgrow the
+        // instruction cache, which costs more than moving the second half's accumulators.
+#pragma unroll 1
+        for (u32 half = 0; half < 2; ++half) {
+            for_constants<CHUNKS / 2>([&](auto constant) {
+                constexpr int C = decltype(constant)::value;
+                one_chunk<C % COL_CHUNKS * CHUNK_COLS>(acc[0], half, C / COL_CHUNKS, finite, squares,
+                                                       slots, slot_scales, full, done, ring, update, lane);
+            });
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
-#pragma unroll
-                        for (int i = 0; i < REGISTERS; ++i)
-                            acc[half][i] = fminf(fmaxf(acc[half][i], -most), most);
-                }
-            }
-            finite = !named_barrier_any(3 + consumer, 128, bad);
-            if (p.partials != nullptr) {
-                // One number of each warp; `reduce` adds them in order.
-#pragma unroll
-                for (int distance = 16; distance > 0; distance /= 2)
-                    total += __shfl_down_sync(0xFFFFFFFFu, total, distance);
-                if (threadIdx.x % 32 == 0 && tile.m < p.tiles_m) {
-                    TilePartial* out = p.partials + 4 * (tile.m * p.tiles_n + tile.n) + lane.warp;
-                    *out = {total, lane.warp == 0 && !finite ? 1u : 0u, 0u};
-                }
-            }
+            for (int i = 0; i < REGISTERS; ++i) acc[0][i] = acc[1][i];
         }
     }
-    if constexpr (!STREAMS) return;
-
-    const StepScalars& step = p.step.value;
-    ChunkUpdate update{step, p.keys, lane};
-    // One body for both m64 halves: unrolled over the whole tile, the code would outgrow the instruction
-    // cache, which costs more than moving the second half's accumulators.
-#pragma unroll 1
-    for (u32 half = 0; half < 2; ++half) {
-        for_constants<CHUNKS / 2>([&](auto constant) {
-            constexpr int C = decltype(constant)::value;
-            one_chunk<C % COL_CHUNKS * CHUNK_COLS>(p, acc[0], half, C / COL_CHUNKS, finite, slots,
-                                                   slot_scales, full, done, ring, update, lane);
-        });
-#pragma unroll
-        for (int i = 0; i < REGISTERS; ++i) acc[0][i] = acc[1][i];
+    if constexpr (GUARDED && ADDS) {
+        if (p.partials != nullptr) collect(sums, lane.warp, squares.sum);
+        finite = !named_barrier_any(3 + consumer, 128, squares.bad);
+        if (p.partials != nullptr) write_partial(p, tile, sums, finite);
     }
 }
 
 FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 full, u32 empty,
                                 u32 ring_full, u32 ring_done) {
     constexpr int REGISTERS = TILE_COLS / 2;
+#if FORGE_DEVICE_STEP
+    const Scalars& scalars = *reinterpret_cast<const Scalars*>(shared + SCALARS_AT);
+    const StepScalars& step = scalars.step;
+    const RoundKeys& keys = scalars.keys;
+#else
+    const StepScalars& step = p.step.value;
+    const RoundKeys& keys = p.keys;
+#endif
     const Walk walk(p);
     const u32 thread = threadIdx.x % 128;
     u32 token_blocks = 0;
@@ -425,8 +478,7 @@ FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 f
                         thread % 4,
                         p.first_index + first_row * p.global_cols + tile.n * TILE_COLS,
                         p.global_cols};
-        consume(p, acc, tile, consumer, shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES,
-                shared + SCALES_AT + consumer * SLOTS * SLOT_SCALE_BYTES, ring_full, ring_done, ring, lane);
+        consume(p, step, keys, acc, tile, consumer, shared, ring_full, ring_done, ring, lane);
     }
 }
 
@@ -455,6 +507,11 @@ extern "C" __global__ void FORGE_CLUSTER_ATTRIBUTE __launch_bounds__(forge::THRE
             barrier_init(rings + 8 * i, i / SLOTS % 2 == 0 ? 1 : 4);
         }
         barrier_init_fence();
+#if FORGE_DEVICE_STEP
+        Scalars& scalars = *reinterpret_cast<Scalars*>(shared + SCALARS_AT);
+        scalars.step = *p.step.device;
+        scalars.keys = round_keys(scalars.step);
+#endif
     }
     if (CLUSTER > 1) cluster_sync();
     else __syncthreads();

@@ -15,6 +15,16 @@ const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 /// Elements that share four Philox calls.
 const BLOCK: u64 = 32;
 
+/// The keys of the ten rounds.
+pub fn round_keys(key: [u32; 2]) -> [[u32; 2]; 10] {
+    let mut keys = [key; 10];
+    for round in 1..10 {
+        keys[round] =
+            [keys[round - 1][0].wrapping_add(WEYL[0]), keys[round - 1][1].wrapping_add(WEYL[1])];
+    }
+    keys
+}
+
 /// Ten rounds of Philox4x32.
 #[inline(always)]
 pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {

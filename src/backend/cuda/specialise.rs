@@ -48,6 +48,21 @@ pub fn formats(scheme: &Scheme) -> Vec<String> {
     out
 }
 
+/// For kernels that touch neither weight nor states.
+pub fn none() -> Vec<String> {
+    let mut out: Vec<String> =
+        ["RULE=forge::NoRule", "RULE_FLAGS=0u", "N_STATES=0", "WEIGHT_FORMAT=0"]
+            .iter()
+            .chain(&["WEIGHT_STOCHASTIC=0", "STATE_STOCHASTIC=0"])
+            .map(|define| format!("FORGE_{define}"))
+            .collect();
+    for k in 0..MAX_STATES {
+        out.push(format!("FORGE_STATE{k}_FORMAT=0"));
+        out.push(format!("FORGE_STATE{k}_KIND=0"));
+    }
+    out
+}
+
 /// Everything that an update kernel depends on.
 pub fn update(scheme: &Scheme) -> Vec<String> {
     let mut out = rule(scheme);

@@ -1,0 +1,434 @@
+//! The fused kernel of compute capability 9.0, `kernels/wgrad_sm90.cu`. Each function says whether it
+//! took the work: `None` or `false` leaves it to the panel path.
+
+mod policy;
+
+use super::super::{Accumulator, Arrays, Factors, Matrix, Scheme, Shard, Stream};
+use super::driver::{DevicePtr, Swizzle, TensorMap, TensorType, parameters, tensor_map};
+use super::gpu::{Gpu, Kernel};
+use super::parameters::KernelStep;
+use super::{sources, specialise};
+use crate::error::Result;
+use crate::format::{Dtype, Rounding, StateFormat, WeightFormat};
+use crate::philox::round_keys;
+use crate::rule::MAX_STATES;
+use policy::{Tile, choose, shared_bytes};
+
+/// `forge::Array`: weight, extra, three states, accumulator.
+const ARRAYS: usize = 6;
+const ACCUMULATOR: usize = 5;
+/// Threads of a block.
+const THREADS: u32 = 384;
+/// Segments that one launch takes; kernels are specialised for one, some, or this many.
+const MOST_SEGMENTS: usize = 32;
+const EMPTY: TensorMap = TensorMap { opaque: [0; 16] };
+
+/// `forge::Mode`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Update = 0,
+    Accumulate = 1,
+    Norm = 2,
+}
+
+/// What streams beside dW.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Streams {
+    /// Bytes for each element of W.
+    pub bytes: u32,
+    /// Whether a state is q8.
+    pub q8: bool,
+}
+
+/// An array `[rows, cols]` that streams.
+#[derive(Clone, Copy)]
+struct Streamed {
+    data: DevicePtr,
+    dtype: Dtype,
+}
+
+/// `forge::Params` for a number of segments.
+#[repr(C)]
+struct Params<const SEGMENTS: usize> {
+    arrays: [[TensorMap; 2]; ARRAYS],
+    scales: [[TensorMap; 2]; MAX_STATES],
+    dy: [TensorMap; SEGMENTS],
+    x: [TensorMap; SEGMENTS],
+    token_blocks: [u32; SEGMENTS],
+    n_segments: u32,
+    rows: u32,
+    cols: u32,
+    tiles_m: u32,
+    tiles_n: u32,
+    group_m: u32,
+    first_index: u64,
+    global_cols: u64,
+    step: KernelStep,
+    keys: [[u32; 2]; 10],
+    partials: DevicePtr,
+}
+
+/// One call of the kernel.
+struct Call<'a> {
+    gpu: &'a Gpu,
+    scheme: &'a Scheme,
+    shard: &'a Shard,
+    factors: Vec<Factors>,
+    arrays: [Option<Streamed>; ARRAYS],
+    scales: [DevicePtr; MAX_STATES],
+    mode: Mode,
+    step: KernelStep,
+    partials: DevicePtr,
+}
+
+/// The fused update. Returns the number of `TilePartial`s written from `partials` on.
+///
+/// # Safety
+/// As [`super::super::Backend::update`]; the context is current.
+pub unsafe fn try_update(
+    gpu: &Gpu,
+    scheme: &Scheme,
+    shard: &Shard,
+    factors: &[Factors],
+    accumulator: Option<Accumulator>,
+    arrays: &Arrays,
+    step: KernelStep,
+    partials: DevicePtr,
+    stream: Stream,
+) -> Result<Option<u64>> {
+    let state_formats = &scheme.state_formats[..scheme.n_states];
+    let q8 = state_formats.contains(&StateFormat::Q8);
+    // Whole blocks, and nearest codes: the rest is rare enough for the panel path.
+    if q8 && (!shard.cols.is_multiple_of(128) || scheme.state_rounding == Rounding::Stochastic) {
+        return Ok(None);
+    }
+    let mut streamed = [None; ARRAYS];
+    let at = |data: *mut u8, dtype| Some(Streamed { data: data as DevicePtr, dtype });
+    streamed[0] = at(arrays.weight, scheme.weight_format.model_dtype());
+    streamed[1] = scheme.weight_format.extra_dtype().and_then(|dtype| at(arrays.extra, dtype));
+    for (k, format) in state_formats.iter().enumerate() {
+        streamed[2 + k] = at(arrays.states[k], format.dtype());
+    }
+    streamed[ACCUMULATOR] = accumulator.and_then(|a| at(a.get().cast(), Dtype::F32));
+    let call = Call {
+        gpu,
+        scheme,
+        shard,
+        factors: with_tokens(factors),
+        arrays: streamed,
+        scales: arrays.scales.map(|s| s as DevicePtr),
+        mode: Mode::Update,
+        step,
+        partials,
+    };
+    // SAFETY: as promised by the caller.
+    unsafe { call.run(stream) }
+}
+
+/// `accumulator += Σ dYᵀX`. Returns whether it was enqueued.
+///
+/// # Safety
+/// As [`try_update`].
+pub unsafe fn try_accumulate(
+    gpu: &Gpu,
+    scheme: &Scheme,
+    shard: &Shard,
+    factors: &[Factors],
+    accumulator: Accumulator,
+    stream: Stream,
+) -> Result<bool> {
+    // SAFETY: as promised by the caller.
+    let tiles = unsafe {
+        let buffer = Some(accumulator);
+        plain(gpu, scheme, shard, factors, buffer, Mode::Accumulate, 0, stream)?
+    };
+    Ok(tiles.is_some())
+}
+
+/// The squares of each tile. Returns the number of `TilePartial`s written from `partials` on.
+///
+/// # Safety
+/// As [`try_update`].
+pub unsafe fn try_norm(
+    gpu: &Gpu,
+    scheme: &Scheme,
+    shard: &Shard,
+    factors: &[Factors],
+    accumulator: Option<Accumulator>,
+    partials: DevicePtr,
+    stream: Stream,
+) -> Result<Option<u64>> {
+    // SAFETY: as promised by the caller.
+    unsafe { plain(gpu, scheme, shard, factors, accumulator, Mode::Norm, partials, stream) }
+}
+
+/// A mode that touches neither weight nor states.
+///
+/// # Safety
+/// As [`try_update`].
+unsafe fn plain(
+    gpu: &Gpu,
+    scheme: &Scheme,
+    shard: &Shard,
+    factors: &[Factors],
+    accumulator: Option<Accumulator>,
+    mode: Mode,
+    partials: DevicePtr,
+    stream: Stream,
+) -> Result<Option<u64>> {
+    let mut arrays = [None; ARRAYS];
+    arrays[ACCUMULATOR] =
+        accumulator.map(|a| Streamed { data: a.get() as DevicePtr, dtype: Dtype::F32 });
+    let call = Call {
+        gpu,
+        scheme,
+        shard,
+        factors: with_tokens(factors),
+        arrays,
+        scales: [0; MAX_STATES],
+        mode,
+        step: KernelStep::default(),
+        partials,
+    };
+    // SAFETY: as promised by the caller.
+    unsafe { call.run(stream) }
+}
+
+fn with_tokens(factors: &[Factors]) -> Vec<Factors> {
+    factors.iter().filter(|f| f.tokens > 0).copied().collect()
+}
+
+/// Whether the tensor memory accelerator can read a factor: 16-byte addresses and rows.
+fn readable(factor: &Matrix) -> bool {
+    (factor.data as usize).is_multiple_of(16) && factor.stride.is_multiple_of(8)
+}
+
+impl Call<'_> {
+    fn streams(&self) -> Streams {
+        let bytes = self.arrays.iter().flatten().map(|a| a.dtype.bytes() as u32).sum();
+        let states = &self.arrays[2..2 + MAX_STATES];
+        Streams { bytes, q8: states.iter().flatten().any(|a| a.dtype == Dtype::U8) }
+    }
+
+    /// Whether the kernel's boxes fit shapes and addresses.
+    fn possible(&self) -> bool {
+        let Shard { rows, cols, .. } = *self.shard;
+        let most = u32::MAX as usize / 2;
+        rows.is_multiple_of(8)
+            && cols.is_multiple_of(8)
+            && (64..most).contains(&rows)
+            && (64..most).contains(&cols)
+            && (1..=MOST_SEGMENTS).contains(&self.factors.len())
+            && self.factors.iter().all(|f| readable(&f.dy) && readable(&f.x) && f.tokens < most)
+            && self.arrays.iter().flatten().all(|a| a.data.is_multiple_of(16))
+            && self.scales.iter().all(|s| s.is_multiple_of(16))
+    }
+
+    /// # Safety
+    /// As [`try_update`].
+    unsafe fn run(&self, stream: Stream) -> Result<Option<u64>> {
+        if !self.possible() {
+            return Ok(None);
+        }
+        let Shard { rows, cols, .. } = *self.shard;
+        let properties = self.gpu.properties();
+        let tokens = self.factors.iter().map(|f| f.tokens as u64).sum();
+        let most = properties.shared_memory_per_block;
+        let streams = self.streams();
+        let (height, width) = (rows as u64, cols as u64);
+        let Some(tile) = choose(height, width, tokens, &streams, properties.sm_count, most) else {
+            return Ok(None);
+        };
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match self.factors.len() {
+                1 => self.launch::<1>(&tile, &streams, stream)?,
+                2..=8 => self.launch::<8>(&tile, &streams, stream)?,
+                _ => self.launch::<MOST_SEGMENTS>(&tile, &streams, stream)?,
+            }
+        }
+        Ok(Some(height.div_ceil(128) * width.div_ceil(tile.cols.into())))
+    }
+
+    fn defines(&self, tile: &Tile, segments: usize) -> Vec<String> {
+        let shard = self.shard;
+        let aligned =
+            shard.global_index(0, 0).is_multiple_of(32) && shard.global_cols.is_multiple_of(32);
+        let (mut out, draws) = if self.mode == Mode::Update {
+            let random = self.scheme.weight_format == WeightFormat::Bf16
+                && self.scheme.weight_rounding == Rounding::Stochastic
+                || self.scheme.state_rounding == Rounding::Stochastic;
+            (specialise::update(self.scheme), aligned || !random)
+        } else {
+            // Neither weight nor states: one kernel for all schemes.
+            (specialise::none(), true)
+        };
+        let mut define = |name: &str, value: u32| out.push(format!("FORGE_{name}={value}"));
+        define("FACTOR", specialise::dtype_code(self.scheme.factor_dtype));
+        define("MODE", self.mode as u32);
+        define("ACCUMULATOR", u32::from(self.arrays[ACCUMULATOR].is_some()));
+        define("DRAWS_ALIGNED", u32::from(draws));
+        define("DEVICE_STEP", u32::from(self.step.device != 0));
+        define("MAX_SEGMENTS", segments as u32);
+        define("TILE_COLS", tile.cols);
+        define("TILE_TOKENS", tile.tokens);
+        define("STAGES", tile.stages);
+        define("CHUNK_COLS", tile.chunk_cols);
+        define("SLOTS", tile.slots);
+        define("CLUSTER", tile.cluster);
+        out
+    }
+
+    /// # Safety
+    /// As [`try_update`]; there are at most SEGMENTS factors.
+    unsafe fn launch<const SEGMENTS: usize>(
+        &self,
+        tile: &Tile,
+        streams: &Streams,
+        stream: Stream,
+    ) -> Result<()> {
+        let Shard { rows, cols, .. } = *self.shard;
+        let (tiles_m, tiles_n) =
+            (rows.div_ceil(128) as u32, cols.div_ceil(tile.cols as usize) as u32);
+        let rows_of_places = tiles_m.div_ceil(tile.cluster);
+        let scalars = &self.step.value;
+        let mut params = Params::<SEGMENTS> {
+            arrays: [[EMPTY; 2]; ARRAYS],
+            scales: [[EMPTY; 2]; MAX_STATES],
+            dy: [EMPTY; SEGMENTS],
+            x: [EMPTY; SEGMENTS],
+            token_blocks: [0; SEGMENTS],
+            n_segments: self.factors.len() as u32,
+            rows: rows as u32,
+            cols: cols as u32,
+            tiles_m,
+            tiles_n,
+            // Along the shorter side first: the factor of the longer one is then read once.
+            group_m: if tiles_m <= tiles_n { rows_of_places } else { 1 },
+            first_index: self.shard.global_index(0, 0),
+            global_cols: self.shard.global_cols,
+            step: self.step,
+            keys: round_keys(scalars.key),
+            partials: self.partials,
+        };
+        let half = self.scheme.factor_dtype;
+        // SAFETY: as promised by the caller: pointers and sizes of the shard and of its factors.
+        unsafe {
+            for (k, f) in self.factors.iter().enumerate() {
+                let (dy, x) = (tile.tokens, tile.tokens / tile.cluster);
+                params.dy[k] = factor_map(half, &f.dy, rows, f.tokens, dy)?;
+                params.x[k] = factor_map(half, &f.x, cols, f.tokens, x)?;
+                params.token_blocks[k] = f.tokens.div_ceil(tile.tokens as usize) as u32;
+            }
+            for (maps, array) in params.arrays.iter_mut().zip(self.arrays) {
+                if let Some(array) = array {
+                    *maps = array_maps(array, rows, cols, tile.chunk_cols)?;
+                }
+            }
+            for (k, maps) in params.scales.iter_mut().enumerate() {
+                let q8 = self.arrays[2 + k].is_some_and(|a| a.dtype == Dtype::U8);
+                if q8 {
+                    *maps = scale_maps(self.scales[k], rows, cols)?;
+                }
+            }
+            let places = rows_of_places * tiles_n;
+            let blocks = (self.gpu.properties().sm_count / tile.cluster).min(places) * tile.cluster;
+            let kernel = Kernel {
+                source: sources::WGRAD_SM90,
+                defines: &self.defines(tile, SEGMENTS),
+                name: "forge_wgrad_sm90",
+                what: &specialise::name(self.scheme),
+                grid: [blocks, 1, 1],
+                block: THREADS,
+                shared_bytes: shared_bytes(tile, streams),
+            };
+            self.gpu.run(kernel, &mut parameters!(params), stream)
+        }
+    }
+}
+
+/// Boxes of 64 features × `tokens` tokens of a factor.
+///
+/// # Safety
+/// The factor is device memory of this size.
+unsafe fn factor_map(
+    dtype: Dtype,
+    factor: &Matrix,
+    features: usize,
+    rows: usize,
+    tokens: u32,
+) -> Result<TensorMap> {
+    let element = match dtype {
+        Dtype::Bf16 => TensorType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        _ => TensorType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    };
+    let (dims, strides) = ([features as u64, rows as u64], [2 * factor.stride as u64]);
+    let swizzle = Swizzle::CU_TENSOR_MAP_SWIZZLE_128B;
+    // SAFETY: as promised by the caller.
+    unsafe {
+        tensor_map(element, factor.data as DevicePtr, &dims, &strides, &[64, tokens], swizzle)
+    }
+}
+
+/// Rows 0..8 and rows 8..16 of every 16 of an array, as `forge::pair_offset` expects them in shared
+/// memory.
+///
+/// # Safety
+/// The array is device memory `[rows, cols]`.
+unsafe fn array_maps(
+    array: Streamed,
+    rows: usize,
+    cols: usize,
+    chunk_cols: u32,
+) -> Result<[TensorMap; 2]> {
+    let bytes = array.dtype.bytes() as u64;
+    let box_cols = chunk_cols.min(128 / bytes as u32);
+    let swizzle = match u64::from(box_cols) * bytes {
+        128 => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+        _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+    };
+    let element = match bytes {
+        4 => TensorType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        2 => TensorType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        _ => TensorType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+    };
+    let row = cols as u64 * bytes;
+    let mut maps = [EMPTY; 2];
+    for (half, map) in maps.iter_mut().enumerate() {
+        let groups = (rows as u64 / 8 + 1 - half as u64) / 2;
+        let data = array.data + half as u64 * 8 * row;
+        // SAFETY: as promised by the caller.
+        *map = unsafe {
+            if bytes == 4 {
+                // Two times four rows, so that rows that are read together share no banks.
+                let (dims, strides) = ([cols as u64, 2, 4, groups], [4 * row, row, 16 * row]);
+                tensor_map(element, data, &dims, &strides, &[box_cols, 2, 4, 4], swizzle)?
+            } else {
+                let (dims, strides) = ([cols as u64, 8, groups], [row, 16 * row]);
+                tensor_map(element, data, &dims, &strides, &[box_cols, 8, 4], swizzle)?
+            }
+        };
+    }
+    Ok(maps)
+}
+
+/// The same rows of the scales of a q8 state, `[ceil(cols/128), rows]`.
+///
+/// # Safety
+/// As [`array_maps`].
+unsafe fn scale_maps(scales: DevicePtr, rows: usize, cols: usize) -> Result<[TensorMap; 2]> {
+    let element = TensorType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    let swizzle = Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE;
+    let mut maps = [EMPTY; 2];
+    for (half, map) in maps.iter_mut().enumerate() {
+        let groups = (rows as u64 / 8 + 1 - half as u64) / 2;
+        let dims = [8, groups, cols.div_ceil(128) as u64];
+        let data = scales + 32 * half as u64;
+        // SAFETY: as promised by the caller.
+        *map = unsafe {
+            tensor_map(element, data, &dims, &[64, 4 * rows as u64], &[8, 4, 1], swizzle)?
+        };
+    }
+    Ok(maps)
+}

@@ -1,0 +1,161 @@
+//! Which tile the fused kernel works with, from shape, tokens and formats.
+//!
+//! What decides (docs/kernels.md has the measurements):
+//! - few tokens: memory is the limit. Square tiles leave room for many bytes of weights and states in
+//!   flight, and stages of 32 tokens are free again sooner than stages of 64;
+//! - many tokens: the tensor cores are. Tiles of 128×192 read less shared memory and L2 for each
+//!   product, and two blocks that share the loads of X read less still;
+//! - a tile must divide the shape into whole waves: on a small weight 192 columns may leave
+//!   multiprocessors idle in the last one.
+
+use super::Streams;
+
+/// A tile and how it is fed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Columns of dW; rows are always 128.
+    pub cols: u32,
+    /// Tokens of a stage of factors.
+    pub tokens: u32,
+    /// Stages.
+    pub stages: u32,
+    /// Columns of a chunk of weights and states.
+    pub chunk_cols: u32,
+    /// Chunks that each warpgroup has room for.
+    pub slots: u32,
+    /// Blocks that share the loads of X.
+    pub cluster: u32,
+}
+
+const fn tile(
+    cols: u32,
+    (stages, tokens): (u32, u32),
+    (chunk_cols, slots): (u32, u32),
+    cluster: u32,
+) -> Tile {
+    Tile { cols, tokens, stages, chunk_cols, slots, cluster }
+}
+
+/// In order of preference for up to so many tokens; the first that fits is taken. Tuned on an H200 with
+/// a weight of 28672×4096 and AdamW; figures in docs/kernels.md.
+struct Preference {
+    most_tokens: u64,
+    tiles: &'static [Tile],
+}
+
+const PREFERENCES: [Preference; 3] = [
+    Preference {
+        most_tokens: 1024,
+        tiles: &[
+            tile(128, (8, 32), (128, 2), 1),
+            tile(128, (8, 32), (64, 2), 1),
+            tile(128, (8, 32), (32, 3), 1),
+            tile(128, (8, 32), (32, 2), 1),
+            tile(128, (4, 32), (32, 2), 1),
+        ],
+    },
+    Preference {
+        most_tokens: 3072,
+        tiles: &[
+            tile(192, (7, 32), (64, 3), 2),
+            tile(128, (8, 32), (64, 2), 2),
+            tile(128, (8, 32), (32, 3), 2),
+            tile(128, (8, 32), (32, 2), 2),
+            tile(128, (4, 32), (32, 2), 1),
+        ],
+    },
+    Preference {
+        most_tokens: u64::MAX,
+        tiles: &[
+            tile(192, (4, 64), (64, 2), 2),
+            tile(192, (6, 32), (32, 4), 2),
+            tile(192, (6, 32), (32, 3), 2),
+            tile(128, (8, 32), (64, 2), 2),
+            tile(128, (8, 32), (32, 2), 2),
+            tile(128, (4, 32), (32, 2), 1),
+        ],
+    },
+];
+
+/// q8 blocks are 128 columns, so chunks are as well.
+const Q8: [Tile; 4] = [
+    tile(128, (4, 64), (128, 3), 1),
+    tile(128, (4, 64), (128, 2), 1),
+    tile(128, (6, 32), (128, 2), 1),
+    tile(128, (4, 32), (128, 1), 1),
+];
+
+/// Bytes of dynamic shared memory; `forge::SHARED_BYTES` of kernels/wgrad_sm90.cu.
+pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
+    let stages = tile.stages * tile.tokens * 2 * (128 + tile.cols);
+    let slot = 32 * tile.chunk_cols * streams.bytes;
+    let scales = if streams.q8 { 3 * 32 * 4 } else { 0 };
+    let barriers = 8 * (2 * tile.stages + 4 * tile.slots);
+    let sums = 8 * 4 * 2;
+    let scalars = 164;
+    stages + 2 * tile.slots * (slot + scales) + barriers + sums + scalars
+}
+
+/// Time that the tensor cores need for a shape, in tiles of 128×128 on one multiprocessor.
+fn waves(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
+    let places = rows.div_ceil(128 * u64::from(tile.cluster)) * cols.div_ceil(tile.cols.into());
+    places.div_ceil(u64::from(sm_count / tile.cluster)) * u64::from(tile.cols) / 64
+}
+
+/// The tile for a shape, or none where no tile's chunks fit into `most_shared` bytes.
+pub fn choose(
+    rows: u64,
+    cols: u64,
+    tokens: u64,
+    streams: &Streams,
+    sm_count: u32,
+    most_shared: u32,
+) -> Option<Tile> {
+    let fits = |tile: &&Tile| shared_bytes(tile, streams) <= most_shared;
+    if streams.q8 {
+        return Q8.iter().find(fits).copied();
+    }
+    let preference = PREFERENCES.iter().find(|p| tokens <= p.most_tokens)?;
+    let mut tiles = preference.tiles.iter().filter(fits);
+    let first = *tiles.next()?;
+    // An eighth more waves eats up what the wider tile saves.
+    let narrow = tiles.find(|t| t.cols < first.cols);
+    let most = waves(&first, rows, cols, sm_count);
+    Some(match narrow {
+        Some(other) if waves(other, rows, cols, sm_count) * 9 / 8 <= most => *other,
+        _ => first,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H200: (u32, u32) = (132, 232_448);
+
+    #[test]
+    fn every_choice_fits_shared_memory() {
+        for bytes in 0..=22 {
+            for q8 in [false, true] {
+                for tokens in [1, 512, 1024, 2048, 4096, 16384] {
+                    let streams = Streams { bytes, q8 };
+                    let Some(tile) = choose(28672, 4096, tokens, &streams, H200.0, H200.1) else {
+                        assert!(bytes > 18 || q8 && bytes > 12, "{bytes} bytes, q8 {q8}");
+                        continue;
+                    };
+                    assert!(shared_bytes(&tile, &streams) <= H200.1);
+                    assert!(!q8 || tile.chunk_cols == 128);
+                    assert_eq!(tile.cols % tile.chunk_cols, 0, "{tile:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn wide_tiles_only_where_they_fill_the_waves() {
+        let streams = Streams { bytes: 6, q8: false };
+        let at = |rows, cols| choose(rows, cols, 4096, &streams, H200.0, H200.1).unwrap().cols;
+        assert_eq!(at(28672, 4096), 192);
+        assert_eq!(at(4096, 4096), 128);
+    }
+}
