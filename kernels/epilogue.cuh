@@ -241,54 +241,59 @@ struct ChunkUpdate {
                 if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Bf16)
                     state_draws[2] = draws(Stream::State2, index + 32 * group);
             }
-            float2 w[4], s[3][4];
-            float headroom = 0.0f, state_headroom[3] = {0.0f, 0.0f, 0.0f};
+            // Pairs that are worked on together: more hide latency, fewer leave registers to q8.
+            constexpr int TOGETHER = any_q8() ? 2 : 4;
 #pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                const int j = 4 * group + p;
-                w[p] = load_weight(slot, j);
-                if constexpr (N_STATES > 0) s[0][p] = load_state<0>(slot, j, q8[0].decode);
-                if constexpr (N_STATES > 1) s[1][p] = load_state<1>(slot, j, q8[1].decode);
-                if constexpr (N_STATES > 2) s[2][p] = load_state<2>(slot, j, q8[2].decode);
-                const float2 g = make_float2(grad[2 * j], grad[2 * j + 1]);
-                float sx[3], sy[3];
+            for (int begin = 0; begin < 4; begin += TOGETHER) {
+                float2 w[4], s[3][4];
+                float headroom = 0.0f, state_headroom[3] = {0.0f, 0.0f, 0.0f};
 #pragma unroll
-                for (int i = 0; i < N_STATES; ++i) {
-                    sx[i] = s[i][p].x;
-                    sy[i] = s[i][p].y;
-                }
-                FORGE_RULE::update(step.constants, __fmul_rn(g.x, step.grad_scale), w[p].x, sx);
-                FORGE_RULE::update(step.constants, __fmul_rn(g.y, step.grad_scale), w[p].y, sy);
+                for (int p = begin; p < begin + TOGETHER; ++p) {
+                    const int j = 4 * group + p;
+                    w[p] = load_weight(slot, j);
+                    if constexpr (N_STATES > 0) s[0][p] = load_state<0>(slot, j, q8[0].decode);
+                    if constexpr (N_STATES > 1) s[1][p] = load_state<1>(slot, j, q8[1].decode);
+                    if constexpr (N_STATES > 2) s[2][p] = load_state<2>(slot, j, q8[2].decode);
+                    const float2 g = make_float2(grad[2 * j], grad[2 * j + 1]);
+                    float sx[3], sy[3];
 #pragma unroll
-                for (int i = 0; i < N_STATES; ++i) {
-                    s[i][p] = make_float2(sx[i], sy[i]);
-                    if (FORGE_STATE_STOCHASTIC && STATE[i] == StateFormat::Bf16)
-                        state_headroom[i] = fmaf(sy[i], HEADROOM, fmaf(sx[i], HEADROOM, state_headroom[i]));
-                    if (STATE[i] == StateFormat::Q8) {
-                        const float2 v = SIGNED[i] ? s[i][p]
-                                                   : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
-                        q8[i].largest = fmaxf(q8[i].largest, fmaxf(fabsf(v.x), fabsf(v.y)));
-                        kept[i][2 * j] = v.x;
-                        kept[i][2 * j + 1] = v.y;
+                    for (int i = 0; i < N_STATES; ++i) {
+                        sx[i] = s[i][p].x;
+                        sy[i] = s[i][p].y;
                     }
+                    FORGE_RULE::update(step.constants, __fmul_rn(g.x, step.grad_scale), w[p].x, sx);
+                    FORGE_RULE::update(step.constants, __fmul_rn(g.y, step.grad_scale), w[p].y, sy);
+#pragma unroll
+                    for (int i = 0; i < N_STATES; ++i) {
+                        s[i][p] = make_float2(sx[i], sy[i]);
+                        if (FORGE_STATE_STOCHASTIC && STATE[i] == StateFormat::Bf16)
+                            state_headroom[i] = fmaf(sy[i], HEADROOM, fmaf(sx[i], HEADROOM, state_headroom[i]));
+                        if (STATE[i] == StateFormat::Q8) {
+                            const float2 v = SIGNED[i] ? s[i][p]
+                                                       : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
+                            q8[i].largest = fmaxf(q8[i].largest, fmaxf(fabsf(v.x), fabsf(v.y)));
+                            kept[i][2 * j] = v.x;
+                            kept[i][2 * j + 1] = v.y;
+                        }
+                    }
+                    if (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
+                        headroom = fmaf(w[p].y, HEADROOM, fmaf(w[p].x, HEADROOM, headroom));
                 }
-                if (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
-                    headroom = fmaf(w[p].y, HEADROOM, fmaf(w[p].x, HEADROOM, headroom));
-            }
-            const u32 mask = rounding_mask(headroom);
-            u32 state_mask[3];
+                const u32 mask = rounding_mask(headroom);
+                u32 state_mask[3];
 #pragma unroll
-            for (int i = 0; i < 3; ++i) state_mask[i] = rounding_mask(state_headroom[i]);
+                for (int i = 0; i < 3; ++i) state_mask[i] = rounding_mask(state_headroom[i]);
 #pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                const int j = 4 * group + p;
-                store_weight(slot, j, w[p], weight_draws.word[p], mask);
-                if constexpr (N_STATES > 0)
-                    store_state<0>(slot, j, s[0][p].x, s[0][p].y, state_draws[0].word[p], state_mask[0]);
-                if constexpr (N_STATES > 1)
-                    store_state<1>(slot, j, s[1][p].x, s[1][p].y, state_draws[1].word[p], state_mask[1]);
-                if constexpr (N_STATES > 2)
-                    store_state<2>(slot, j, s[2][p].x, s[2][p].y, state_draws[2].word[p], state_mask[2]);
+                for (int p = begin; p < begin + TOGETHER; ++p) {
+                    const int j = 4 * group + p;
+                    store_weight(slot, j, w[p], weight_draws.word[p], mask);
+                    if constexpr (N_STATES > 0)
+                        store_state<0>(slot, j, s[0][p].x, s[0][p].y, state_draws[0].word[p], state_mask[0]);
+                    if constexpr (N_STATES > 1)
+                        store_state<1>(slot, j, s[1][p].x, s[1][p].y, state_draws[1].word[p], state_mask[1]);
+                    if constexpr (N_STATES > 2)
+                        store_state<2>(slot, j, s[2][p].x, s[2][p].y, state_draws[2].word[p], state_mask[2]);
+                }
             }
         }
         if constexpr (any_q8()) {

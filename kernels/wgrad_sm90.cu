@@ -414,11 +414,20 @@ FORGE_DEVICE void consume(const Params& p, const StepScalars& step, const RoundK
         // instruction cache, which costs more than moving the second half's accumulators.
 #pragma unroll 1
         for (u32 half = 0; half < 2; ++half) {
-            for_constants<CHUNKS / 2>([&](auto constant) {
-                constexpr int C = decltype(constant)::value;
-                one_chunk<C % COL_CHUNKS * CHUNK_COLS>(acc[0], half, C / COL_CHUNKS, finite, squares,
-                                                       slots, slot_scales, full, done, ring, update, lane);
-            });
+            if constexpr (any_q8()) {
+                // Twice as long: one body for rows 0..7 and 8..15 as well.
+                static_assert(COL_CHUNKS == 1, "q8 tiles are a block wide");
+#pragma unroll 1
+                for (u32 row8 = 0; row8 < 2; ++row8)
+                    one_chunk<0>(acc[0], half, row8, finite, squares, slots, slot_scales, full, done, ring,
+                                 update, lane);
+            } else {
+                for_constants<CHUNKS / 2>([&](auto constant) {
+                    constexpr int C = decltype(constant)::value;
+                    one_chunk<C % COL_CHUNKS * CHUNK_COLS>(acc[0], half, C / COL_CHUNKS, finite, squares,
+                                                           slots, slot_scales, full, done, ring, update, lane);
+                });
+            }
 #pragma unroll
             for (int i = 0; i < REGISTERS; ++i) acc[0][i] = acc[1][i];
         }

@@ -1,7 +1,7 @@
 //! The fused kernel of compute capability 9.0, `kernels/wgrad_sm90.cu`. Each function says whether it
 //! took the work: `None` or `false` leaves it to the panel path.
 
-mod policy;
+pub mod policy;
 
 use super::super::{Accumulator, Arrays, Factors, Matrix, Scheme, Shard, Stream};
 use super::driver::{DevicePtr, Swizzle, TensorMap, TensorType, parameters, tensor_map};
@@ -20,14 +20,17 @@ const ACCUMULATOR: usize = 5;
 /// Threads of a block.
 const THREADS: u32 = 384;
 /// Segments that one launch takes; kernels are specialised for one, some, or this many.
-const MOST_SEGMENTS: usize = 32;
+pub const MOST_SEGMENTS: usize = 32;
 const EMPTY: TensorMap = TensorMap { opaque: [0; 16] };
 
-/// `forge::Mode`.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Mode {
+/// What becomes of dW: `forge::Mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The rule consumes it.
     Update = 0,
+    /// A buffer takes it.
     Accumulate = 1,
+    /// Its squares are summed.
     Norm = 2,
 }
 
@@ -68,6 +71,52 @@ struct Params<const SEGMENTS: usize> {
     partials: DevicePtr,
 }
 
+/// What the kernel is compiled for, beside the scheme.
+#[derive(Clone, Copy, Debug)]
+pub struct Specialisation {
+    /// What becomes of dW.
+    pub mode: Mode,
+    /// How it is cut.
+    pub tile: Tile,
+    /// Whether a buffer is added to it.
+    pub accumulator: bool,
+    /// Whether blocks of 32 draws (see kernels/philox.cuh) begin where rows of the shard do.
+    pub whole_draws: bool,
+    /// Whether the step's scalars are in device memory.
+    pub device_step: bool,
+    /// Segments that there is room for.
+    pub segments: usize,
+}
+
+impl Specialisation {
+    /// `NAME=value`, for the compiler.
+    pub fn defines(&self, scheme: &Scheme) -> Vec<String> {
+        let (mut out, whole_draws) = if self.mode == Mode::Update {
+            let random = scheme.weight_format == WeightFormat::Bf16
+                && scheme.weight_rounding == Rounding::Stochastic
+                || scheme.state_rounding == Rounding::Stochastic;
+            (specialise::update(scheme), self.whole_draws || !random)
+        } else {
+            // Neither weight nor states: one kernel for all schemes.
+            (specialise::none(), true)
+        };
+        let mut define = |name: &str, value: u32| out.push(format!("FORGE_{name}={value}"));
+        define("FACTOR", specialise::dtype_code(scheme.factor_dtype));
+        define("MODE", self.mode as u32);
+        define("ACCUMULATOR", u32::from(self.accumulator));
+        define("DRAWS_ALIGNED", u32::from(whole_draws));
+        define("DEVICE_STEP", u32::from(self.device_step));
+        define("MAX_SEGMENTS", self.segments as u32);
+        define("TILE_COLS", self.tile.cols);
+        define("TILE_TOKENS", self.tile.tokens);
+        define("STAGES", self.tile.stages);
+        define("CHUNK_COLS", self.tile.chunk_cols);
+        define("SLOTS", self.tile.slots);
+        define("CLUSTER", self.tile.cluster);
+        out
+    }
+}
+
 /// One call of the kernel.
 struct Call<'a> {
     gpu: &'a Gpu,
@@ -96,12 +145,10 @@ pub unsafe fn try_update(
     partials: DevicePtr,
     stream: Stream,
 ) -> Result<Option<u64>> {
-    let state_formats = &scheme.state_formats[..scheme.n_states];
-    let q8 = state_formats.contains(&StateFormat::Q8);
-    // Whole blocks, and nearest codes: the rest is rare enough for the panel path.
-    if q8 && (!shard.cols.is_multiple_of(128) || scheme.state_rounding == Rounding::Stochastic) {
+    if !takes(scheme, shard) {
         return Ok(None);
     }
+    let state_formats = &scheme.state_formats[..scheme.n_states];
     let mut streamed = [None; ARRAYS];
     let at = |data: *mut u8, dtype| Some(Streamed { data: data as DevicePtr, dtype });
     streamed[0] = at(arrays.weight, scheme.weight_format.model_dtype());
@@ -123,6 +170,14 @@ pub unsafe fn try_update(
     };
     // SAFETY: as promised by the caller.
     unsafe { call.run(stream) }
+}
+
+/// Whether the update's epilogue knows the formats. The other modes ask as well, though they touch no state:
+/// then a gradient that is stored first comes from the same sums as the one in registers.
+fn takes(scheme: &Scheme, shard: &Shard) -> bool {
+    let q8 = scheme.state_formats[..scheme.n_states].contains(&StateFormat::Q8);
+    // Whole blocks, and nearest codes: the rest is rare enough for the panel path.
+    !q8 || shard.cols.is_multiple_of(128) && scheme.state_rounding == Rounding::Nearest
 }
 
 /// `accumulator += Σ dYᵀX`. Returns whether it was enqueued.
@@ -176,6 +231,9 @@ unsafe fn plain(
     partials: DevicePtr,
     stream: Stream,
 ) -> Result<Option<u64>> {
+    if !takes(scheme, shard) {
+        return Ok(None);
+    }
     let mut arrays = [None; ARRAYS];
     arrays[ACCUMULATOR] =
         accumulator.map(|a| Streamed { data: a.get() as DevicePtr, dtype: Dtype::F32 });
@@ -250,33 +308,18 @@ impl Call<'_> {
         Ok(Some(height.div_ceil(128) * width.div_ceil(tile.cols.into())))
     }
 
-    fn defines(&self, tile: &Tile, segments: usize) -> Vec<String> {
+    fn specialisation(&self, tile: &Tile, segments: usize) -> Specialisation {
         let shard = self.shard;
-        let aligned =
+        let whole_draws =
             shard.global_index(0, 0).is_multiple_of(32) && shard.global_cols.is_multiple_of(32);
-        let (mut out, draws) = if self.mode == Mode::Update {
-            let random = self.scheme.weight_format == WeightFormat::Bf16
-                && self.scheme.weight_rounding == Rounding::Stochastic
-                || self.scheme.state_rounding == Rounding::Stochastic;
-            (specialise::update(self.scheme), aligned || !random)
-        } else {
-            // Neither weight nor states: one kernel for all schemes.
-            (specialise::none(), true)
-        };
-        let mut define = |name: &str, value: u32| out.push(format!("FORGE_{name}={value}"));
-        define("FACTOR", specialise::dtype_code(self.scheme.factor_dtype));
-        define("MODE", self.mode as u32);
-        define("ACCUMULATOR", u32::from(self.arrays[ACCUMULATOR].is_some()));
-        define("DRAWS_ALIGNED", u32::from(draws));
-        define("DEVICE_STEP", u32::from(self.step.device != 0));
-        define("MAX_SEGMENTS", segments as u32);
-        define("TILE_COLS", tile.cols);
-        define("TILE_TOKENS", tile.tokens);
-        define("STAGES", tile.stages);
-        define("CHUNK_COLS", tile.chunk_cols);
-        define("SLOTS", tile.slots);
-        define("CLUSTER", tile.cluster);
-        out
+        Specialisation {
+            mode: self.mode,
+            tile: *tile,
+            accumulator: self.arrays[ACCUMULATOR].is_some(),
+            whole_draws,
+            device_step: self.step.device != 0,
+            segments,
+        }
     }
 
     /// # Safety
@@ -335,7 +378,7 @@ impl Call<'_> {
             let blocks = (self.gpu.properties().sm_count / tile.cluster).min(places) * tile.cluster;
             let kernel = Kernel {
                 source: sources::WGRAD_SM90,
-                defines: &self.defines(tile, SEGMENTS),
+                defines: &self.specialisation(tile, SEGMENTS).defines(self.scheme),
                 name: "forge_wgrad_sm90",
                 what: &specialise::name(self.scheme),
                 grid: [blocks, 1, 1],
