@@ -109,6 +109,7 @@ class ForgeUpdate:
         parameters: list[Parameter],
         factors: list[tuple[torch.Tensor, torch.Tensor]],
         rounding: str,
+        state_rounding: str,
     ) -> None:
         """Make the layer; nothing runs."""
         from forge_train import AdamW
@@ -126,7 +127,7 @@ class ForgeUpdate:
             weight_format=weight_format,
             state_formats=state_format,
             weight_rounding=rounding,
-            state_rounding=rounding,
+            state_rounding=state_rounding,
         )
         self.linear = Linear(spec, name="benchmark", device=torch.device("cuda"))
         self.parameters, self.factors = parameters, factors

@@ -221,8 +221,8 @@ template <int K> FORGE_DEVICE float state_value(const StateRun &run, int i) {
     if constexpr (STATE_FORMAT[K] == BF16)
         return formats::widen_bf16(run.half.value[i]);
     if constexpr (STATE_FORMAT[K] == Q8)
-        return formats::q8_decode<STATE_SIGNED<K>>(
-            run.codes.value[i], formats::q8_decode_factor<STATE_SIGNED<K>>(run.scale));
+        return q8_decode<STATE_SIGNED<K>>(
+            BYTE_MAGIC | run.codes.value[i], q8_decode_factor<STATE_SIGNED<K>>(run.scale));
     return run.full.value[i];
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "arrays.cuh"
 #include "philox.cuh"
+#include "q8.cuh"
 #include "rules.cuh"
 
 namespace forge {
@@ -41,60 +42,10 @@ FORGE_DEVICE float join_halves(u32 upper_lower) {
     return bits_to_float(upper_lower - ((upper_lower & 0x8000u) << 1));
 }
 
-// --- q8: src/format/q8.rs ---
-
-// 2^23: a byte put below it is exactly a float.
-constexpr u32 BYTE_MAGIC = 0x4B000000u;
-constexpr float BYTE_ZERO = 8388608.0f;
-// 1.5 · 2^23: adding it rounds to an integer in the low bits, negative ones too.
-constexpr float ROUND_MAGIC = 12582912.0f;
-constexpr float SMALLEST_NORMAL = 1.1754944e-38f, LARGEST = 3.4028235e38f;
-
 struct Q8Row {
-    float decode;   // scale of the stored codes, over the levels
+    float decode;   // of the stored codes: q8_decode_factor
     float largest;  // of the new values: |m|, or sqrt(v)
 };
-
-template <bool SIGNED_CODE>
-FORGE_DEVICE float q8_decode(u32 byte_as_float, float decode) {
-    if constexpr (SIGNED_CODE) {
-        const float level = __fsub_rn(bits_to_float(byte_as_float), BYTE_ZERO + 128.0f);
-        return __fmul_rn(__fmul_rn(level, fabsf(level)), decode);
-    } else {
-        // level · decode: the product with a power of two that is taken away is exact.
-        const float root = __fmaf_rn(bits_to_float(byte_as_float), decode, -BYTE_ZERO * decode);
-        return __fmul_rn(root, root);
-    }
-}
-
-// From a scale to what one squared (signed) or one level (root) is worth.
-template <bool SIGNED_CODE>
-FORGE_DEVICE float q8_decode_factor(float scale) {
-    return scale * (SIGNED_CODE ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f);
-}
-
-// `value`: m itself, or sqrt(v). The code is the result's low byte.
-template <bool SIGNED_CODE>
-FORGE_DEVICE u32 q8_encode(float value, float factor) {
-    if constexpr (SIGNED_CODE) {
-        const float signed_factor = copysignf(factor, value);
-        return float_to_bits(
-            __fmaf_rn(fast_sqrt(fabsf(value)), signed_factor, ROUND_MAGIC + 128.0f));
-    } else {
-        float code = __fmaf_rn(value, factor, ROUND_MAGIC);
-        // Nearest, but a non-zero v never gets code 0: it divides.
-        if (value > 0.0f) code = fmaxf(code, ROUND_MAGIC + 1.0f);
-        return float_to_bits(code);
-    }
-}
-
-template <bool SIGNED_CODE>
-FORGE_DEVICE float q8_encode_factor(float scale) {
-    // Below the normal range the reciprocal overflows; such blocks are stored as zeros.
-    if (scale < SMALLEST_NORMAL) return 0.0f;
-    return SIGNED_CODE ? __fmul_rn(127.0f, fast_reciprocal(fast_sqrt(scale)))
-                       : __fmul_rn(255.0f, fast_reciprocal(scale));
-}
 
 FORGE_DEVICE float quad_maximum(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
@@ -105,11 +56,11 @@ FORGE_DEVICE float quad_maximum(float x) {
 
 // A lane's place in the tile and what it needs of the launch.
 struct Lane {
-    u32 warp;           // 0..3 in the warpgroup
-    u32 row;            // lane/4: of 8
-    u32 q;              // lane%4: which pair of 8 columns
-    u64 first_index;    // global index of the tile's row `row` of warp's 16, column 0
-    u64 global_cols;    // stride of the global index
+    u32 warp;      // 0..3 in the warpgroup
+    u32 row;       // lane/4: of 8
+    u32 q;         // lane%4: which pair of 8 columns
+    u32 tile_row;  // of W here
+    u32 tile_col;
 };
 
 // Σ (scale · dW)² over a lane's part of the tile. Not finite if an element is not, or if squares overflow;
@@ -298,30 +249,45 @@ struct ChunkUpdate {
         }
         if constexpr (any_q8()) {
             if constexpr (N_STATES > 0 && STATE[0] == StateFormat::Q8)
-                encode<0, KEPT>(slot, kept[0], q8[0].largest, scales[0]);
+                encode<0, KEPT>(slot, kept[0], q8[0].largest, scales[0], index);
             if constexpr (N_STATES > 1 && STATE[1] == StateFormat::Q8)
-                encode<1, KEPT>(slot, kept[1], q8[1].largest, scales[1]);
+                encode<1, KEPT>(slot, kept[1], q8[1].largest, scales[1], index);
             if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Q8)
-                encode<2, KEPT>(slot, kept[2], q8[2].largest, scales[2]);
+                encode<2, KEPT>(slot, kept[2], q8[2].largest, scales[2], index);
         }
     }
 
     // A quad's row of 128 columns is one block; the host takes this path for whole blocks only.
     template <int S, int KEPT>
-    FORGE_DEVICE void encode(u8* slot, float (&values)[KEPT], float largest, float* scale) const {
+    FORGE_DEVICE void encode(u8* slot, float (&values)[KEPT], float largest, float* scale, u64 index) const {
         static_assert(CHUNK_COLS == 128, "a chunk holds whole q8 blocks");
         constexpr bool CODE = SIGNED[S];
-        largest = fminf(quad_maximum(largest), LARGEST);
+        largest = fminf(quad_maximum(largest), CODE ? LARGEST : LARGEST_ROOT);
         const float factor = q8_encode_factor<CODE>(largest);
         u8* part = slot + array_offset(A_STATE0 + S);
 #pragma unroll
-        for (int j = 0; j < KEPT / 2; ++j) {
-            const u32 x = q8_encode<CODE>(values[2 * j], factor);
-            const u32 y = q8_encode<CODE>(values[2 * j + 1], factor);
-            *reinterpret_cast<u16*>(part + offset<1>(j)) = static_cast<u16>(__byte_perm(x, y, 0x0040));
+        for (int group = 0; group < KEPT / 8; ++group) {
+            Draws random{};
+            // Drawn again rather than kept: registers are what is short.
+            if constexpr (FORGE_STATE_STOCHASTIC)
+                random = draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index + 32 * group);
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+                const int j = 4 * group + p;
+                u32 x, y;
+                if constexpr (FORGE_STATE_STOCHASTIC) {
+                    const u32 word = random.word[p];
+                    x = q8_encode_stochastic<CODE>(values[2 * j], factor, q8_noise_low(word));
+                    y = q8_encode_stochastic<CODE>(values[2 * j + 1], factor, q8_noise_high(word));
+                } else {
+                    x = q8_encode<CODE>(values[2 * j], factor);
+                    y = q8_encode<CODE>(values[2 * j + 1], factor);
+                }
+                *reinterpret_cast<u16*>(part + offset<1>(j)) = static_cast<u16>(__byte_perm(x, y, 0x0040));
+            }
         }
         __syncwarp();
-        if (lane.q == 0) *scale = largest < SMALLEST_NORMAL ? 0.0f : largest;
+        if (lane.q == 0) *scale = q8_stored_scale(largest);
     }
 };
 

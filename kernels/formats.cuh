@@ -3,6 +3,7 @@
 // them, with the fast root and reciprocal.
 #pragma once
 #include "prelude.cuh"
+#include "q8.cuh"
 
 namespace forge {
 namespace formats {
@@ -78,65 +79,31 @@ template <int DTYPE> FORGE_DEVICE void store_factor(void *data, u64 at, float va
         static_cast<u16 *>(data)[at] = static_cast<u16>(narrow_f16(value));
 }
 
-// --- q8: src/format/q8.rs ---
+// --- q8 ---
 
-constexpr float LARGEST = 3.4028234663852886e38f;
-// 1.5 · 2^23: adding it rounds to the nearest integer, which then stands in the low bits.
-constexpr float ROUND_MAGIC = 12582912.0f;
-// Blocks below this are lifted by a power of two, so that roots and reciprocals stay normal
-// numbers.
-constexpr float TINY = 1e-30f;
-
-// What a code is worth: over the squared levels (signed) or the levels (root) of the scale.
-template <bool SIGNED> FORGE_DEVICE float q8_decode_factor(float scale) {
-    return __fmul_rn(scale, SIGNED ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f);
-}
-template <bool SIGNED> FORGE_DEVICE float q8_decode(u32 code, float factor) {
-    if constexpr (SIGNED) {
-        const float level = static_cast<float>(static_cast<int>(code) - 128);
-        return __fmul_rn(__fmul_rn(level, fabsf(level)), factor);
-    } else {
-        const float root = __fmul_rn(static_cast<float>(code), factor);
-        return __fmul_rn(root, root);
-    }
-}
-
-// A block's constants: from the largest |value| of it, NaN left out.
+// A block's constants, from the largest |value| of it, NaN left out.
 template <bool SIGNED> struct Q8Block {
-    float scale;  // as stored: max |m|, or max sqrt(v)
-    float lift;   // of values, a power of two
-    float factor; // from the root of a lifted value to its position among the codes
+    float scale;  // as stored
+    float factor; // from a root to its position among the codes
 
     FORGE_DEVICE explicit Q8Block(float largest) {
         // What overflowed counts as the largest number: 0 · ∞ would be NaN.
         largest = fminf(largest, LARGEST);
-        lift = largest < TINY ? 1.8446744073709552e19f : 1.0f; // 2^64
-        const float root = fast_sqrt(__fmul_rn(largest, lift));
-        factor = root > 0.0f ? __fmul_rn(SIGNED ? 127.0f : 255.0f, fast_reciprocal(root)) : 0.0f;
-        scale = SIGNED ? largest
-                       : __fmul_rn(root, largest < TINY ? 2.3283064365386963e-10f : 1.0f); // 2^-32
+        if (!SIGNED)
+            largest = fast_sqrt(largest);
+        factor = q8_encode_factor<SIGNED>(largest);
+        scale = q8_stored_scale(largest);
     }
 
     // `draw` of 16 bits decides where rounding is stochastic.
     template <bool STOCHASTIC> FORGE_DEVICE u32 encode(float value, u32 draw) const {
-        const float magnitude = fminf(fabsf(value), LARGEST);
-        const float root = fast_sqrt(__fmul_rn(magnitude, lift));
-        constexpr float MOST = SIGNED ? 127.0f : 255.0f;
-        float position = __fmul_rn(root, factor);
-        if constexpr (STOCHASTIC)
-            position =
-                floorf(__fadd_rn(position, __fmul_rn(static_cast<float>(draw), 1.0f / 65536.0f)));
-        position = fminf(position, MOST);
-        if constexpr (SIGNED) {
-            // One addition rounds and adds the code of zero.
-            return float_to_bits(__fadd_rn(copysignf(position, value), ROUND_MAGIC + 128.0f)) &
-                   0xFFu;
-        } else {
-            // A non-zero second moment never gets code 0: it divides.
-            if (value > 0.0f)
-                position = fmaxf(position, 1.0f);
-            return float_to_bits(__fadd_rn(position, ROUND_MAGIC)) & 0xFFu;
-        }
+        value = copysignf(fminf(fabsf(value), LARGEST), value);
+        if (!SIGNED)
+            value = fast_sqrt(value);
+        const u32 code = STOCHASTIC
+                             ? q8_encode_stochastic<SIGNED>(value, factor, q8_noise_low(draw))
+                             : q8_encode<SIGNED>(value, factor);
+        return code & 0xFFu;
     }
 };
 

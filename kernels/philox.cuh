@@ -54,19 +54,35 @@ FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys
     return {{c0, c1, c2, c3}};
 }
 
+// Weight and the first two states draw from one call: other bytes decide, and any two of the three are
+// independent in their upper 8 bits. The third state has calls of its own.
 enum class Stream : u32 { Weight = 0, State0 = 1, State1 = 2, State2 = 3 };
+
+FORGE_DEVICE u32 stream_bits(Stream stream, u32 word) {
+    if (stream == Stream::State0) return __byte_perm(word, 0, 0x2301);
+    if (stream == Stream::State1) return word ^ ((word << 8) & 0xFF00FF00u);
+    return word;
+}
+FORGE_DEVICE Draws stream_draws(Stream stream, Draws d) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) d.word[j] = stream_bits(stream, d.word[j]);
+    return d;
+}
+FORGE_DEVICE u32 counter_high(Stream stream, u64 group) {
+    return (static_cast<u32>(group >> 32) & 0x00FFFFFFu) | (stream == Stream::State2 ? 3u << 24 : 0u);
+}
 
 // The call of (block of 32 elements, lane q of 0..3).
 FORGE_DEVICE Draws draw_call(const StepScalars& s, Stream stream, u64 block, u32 q) {
     const u64 group = block * 4 + q;
-    const u32 high = (static_cast<u32>(group >> 32) & 0x00FFFFFFu) | (static_cast<u32>(stream) << 24);
-    return philox4x32_10(static_cast<u32>(group), high, s.step, s.seed_high, s.key[0], s.key[1]);
+    return stream_draws(stream, philox4x32_10(static_cast<u32>(group), counter_high(stream, group), s.step,
+                                              s.seed_high, s.key[0], s.key[1]));
 }
 
 FORGE_DEVICE Draws draw_call(const StepScalars& s, const RoundKeys& keys, Stream stream, u64 block, u32 q) {
     const u64 group = block * 4 + q;
-    const u32 high = (static_cast<u32>(group >> 32) & 0x00FFFFFFu) | (static_cast<u32>(stream) << 24);
-    return philox4x32_10(static_cast<u32>(group), high, s.step, s.seed_high, keys);
+    return stream_draws(stream, philox4x32_10(static_cast<u32>(group), counter_high(stream, group), s.step,
+                                              s.seed_high, keys));
 }
 
 // The 16 bits of one element, at the price of a call each: for elements that share no block.

@@ -45,6 +45,7 @@ constexpr u32 SUMS_AT = BARRIERS_AT + 8 * N_BARRIERS;
 constexpr u32 SCALARS_AT = SUMS_AT + 8 * 4 * CONSUMERS;
 // backend::cuda::sm90 computes the same.
 constexpr u32 SHARED_BYTES = SCALARS_AT + sizeof(Scalars);
+static_assert(SHARED_BYTES <= 227 * 1024 && (!any_q8() || TILE_COLS == 128), "policy.rs keeps to this");
 
 struct Params {
     // Of each streamed array two: its rows 0..7 and its rows 8..15 of every 16. backend::cuda::sm90
@@ -341,7 +342,7 @@ FORGE_DEVICE void write_partial(const Params& p, TileIndex tile, const double* s
 
 // Waits for a chunk, works on it in place, and hands it to the DMA warp. `acc`: of one m64 half.
 template <int COL, int REGISTERS>
-FORGE_DEVICE void one_chunk(const float (&acc)[REGISTERS], u32 half, u32 row8, bool finite,
+FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS], u32 half, u32 row8, bool finite,
                             Squares& squares, u8* slots, u8* slot_scales, u32 full, u32 done,
                             Ring<SLOTS>& ring, ChunkUpdate& update, const Lane& lane) {
     const u32 row_in_tile = half * 64 + row8 * 8;
@@ -380,7 +381,8 @@ FORGE_DEVICE void one_chunk(const float (&acc)[REGISTERS], u32 half, u32 row8, b
             u8* at = slot_scales + ring.index * SLOT_SCALE_BYTES + s * SCALE_BYTES;
             scales[s] = reinterpret_cast<float*>(at) + lane.warp * 8 + lane.row;
         }
-        const u64 index = lane.first_index + row_in_tile * lane.global_cols + COL;
+        const u32 row = lane.tile_row + row_in_tile + lane.warp * 16 + lane.row;
+        const u64 index = p.first_index + row * p.global_cols + lane.tile_col + COL;
         if (finite) update.run(slot, grad, index, scales);
     }
     fence_shared_for_tma();
@@ -415,16 +417,15 @@ FORGE_DEVICE void consume(const Params& p, const StepScalars& step, const RoundK
 #pragma unroll 1
         for (u32 half = 0; half < 2; ++half) {
             if constexpr (any_q8()) {
-                // Twice as long: one body for rows 0..7 and 8..15 as well.
-                static_assert(COL_CHUNKS == 1, "q8 tiles are a block wide");
+                // Twice as long: one body for rows 0..7 and 8..15 as well. Tiles are a block wide.
 #pragma unroll 1
                 for (u32 row8 = 0; row8 < 2; ++row8)
-                    one_chunk<0>(acc[0], half, row8, finite, squares, slots, slot_scales, full, done, ring,
+                    one_chunk<0>(p, acc[0], half, row8, finite, squares, slots, slot_scales, full, done, ring,
                                  update, lane);
             } else {
                 for_constants<CHUNKS / 2>([&](auto constant) {
                     constexpr int C = decltype(constant)::value;
-                    one_chunk<C % COL_CHUNKS * CHUNK_COLS>(acc[0], half, C / COL_CHUNKS, finite, squares,
+                    one_chunk<C % COL_CHUNKS * CHUNK_COLS>(p, acc[0], half, C / COL_CHUNKS, finite, squares,
                                                            slots, slot_scales, full, done, ring, update, lane);
                 });
             }
@@ -480,13 +481,8 @@ FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 f
         if (token_blocks > 0) release(empty + 8 * last.index);
         stage.advance(token_blocks);  // those of the other consumer's tile
 
-        const u32 warp = thread / 32, row = thread % 32 / 4;
-        const u64 first_row = tile.m * TILE_ROWS + warp * 16 + row;
-        const Lane lane{warp,
-                        row,
-                        thread % 4,
-                        p.first_index + first_row * p.global_cols + tile.n * TILE_COLS,
-                        p.global_cols};
+        const Lane lane{thread / 32, thread % 32 / 4, thread % 4, tile.m * TILE_ROWS,
+                        tile.n * TILE_COLS};
         consume(p, step, keys, acc, tile, consumer, shared, ring_full, ring_done, ring, lane);
     }
 }

@@ -20,6 +20,7 @@ pub const HEADERS: &[Source] = &[
     source!("prelude.cuh"),
     source!("philox.cuh"),
     source!("shard.cuh"),
+    source!("q8.cuh"),
     source!("formats.cuh"),
     source!("rules.cuh"),
     source!("rules/adam.cuh"),

@@ -176,8 +176,8 @@ pub unsafe fn try_update(
 /// then a gradient that is stored first comes from the same sums as the one in registers.
 fn takes(scheme: &Scheme, shard: &Shard) -> bool {
     let q8 = scheme.state_formats[..scheme.n_states].contains(&StateFormat::Q8);
-    // Whole blocks, and nearest codes: the rest is rare enough for the panel path.
-    !q8 || shard.cols.is_multiple_of(128) && scheme.state_rounding == Rounding::Nearest
+    // Whole blocks: the rest is rare enough for the panel path.
+    !q8 || shard.cols.is_multiple_of(128)
 }
 
 /// `accumulator += Σ dYᵀX`. Returns whether it was enqueued.
