@@ -1,21 +1,9 @@
 // Sums in a fixed order: squares of a region, and tile partials to a report or a norm.
 #include "prelude.cuh"
+#include "report.cuh"
 #include "shard.cuh"
 
 namespace forge {
-
-// forge_report and forge_norm of the C ABI.
-struct Report {
-    u32 struct_size, reserved;
-    u64 tiles, nonfinite_tiles;
-    double sum_of_squares;
-};
-struct Norm {
-    u32 struct_size, method;
-    double sum_of_squares;
-    u32 nonfinite, reserved;
-};
-static_assert(sizeof(Report) == 32 && sizeof(Norm) == 24, "the C ABI's");
 
 constexpr int THREADS = 256, REDUCE_THREADS = 1024;
 
@@ -63,11 +51,7 @@ extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
     const double sum = sum_of(partials, count, nonfinite);
     if (threadIdx.x != 0)
         return;
-    // The square of an fp32 does not overflow an fp64: the sum is finite exactly if dW is.
-    const bool bad = nonfinite > 0 || !is_finite(sum);
-    const double told =
-        nonfinite > 0 && is_finite(sum) ? __longlong_as_double(0x7FF8000000000000ll) : sum;
-    const Norm norm = {sizeof(Norm), method, told, bad ? 1u : 0u, 0};
+    const Norm norm = norm_of(sum, nonfinite, method);
     if (first != nullptr)
         *first = norm;
     if (second != nullptr)

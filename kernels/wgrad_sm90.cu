@@ -11,13 +11,16 @@
 #include "arrays.cuh"
 #include "epilogue.cuh"
 #include "ptx.cuh"
+#include "report.cuh"
 #include "wgmma.cuh"
 
 namespace forge {
 
-constexpr int TILE_ROWS = 128, TILE_COLS = FORGE_TILE_COLS, TILE_TOKENS = FORGE_TILE_TOKENS;
+constexpr int TILE_ROWS = FORGE_TILE_ROWS, TILE_COLS = FORGE_TILE_COLS, TILE_TOKENS = FORGE_TILE_TOKENS;
 constexpr int STAGES = FORGE_STAGES;
-constexpr int CONSUMERS = 2;
+// Accumulators of 64 rows each.
+constexpr int HALVES = TILE_ROWS / 64;
+constexpr int CONSUMERS = FORGE_CONSUMERS;
 // Blocks that work on tiles below each other in step and share the loads of X: each loads some of the
 // tokens for both. The L2's two halves exchange less then, and that exchange is what saturates first.
 constexpr int CLUSTER = FORGE_CLUSTER;
@@ -29,20 +32,27 @@ constexpr u32 STAGE_A = TILE_ROWS / 64 * ATOM_BYTES;
 constexpr u32 STAGE_BYTES = STAGE_A + TILE_COLS / 64 * ATOM_BYTES;
 
 constexpr int COL_CHUNKS = TILE_COLS / CHUNK_COLS;
-constexpr int CHUNKS = 4 * COL_CHUNKS;
+constexpr int CHUNKS = 2 * HALVES * COL_CHUNKS;
+// Named barriers: whose turn it is to multiply, and one for each consumer's own threads.
+constexpr u32 TURN = 1, OWN = TURN + CONSUMERS;
 
 // Dynamic shared memory, from a 1024-byte boundary: stages, slots of both rings, barriers.
 constexpr u32 SLOTS_AT = STAGES * STAGE_BYTES;
 constexpr u32 SCALES_AT = SLOTS_AT + CONSUMERS * SLOTS * SLOT_BYTES;
 constexpr u32 BARRIERS_AT = SCALES_AT + CONSUMERS * SLOTS * SLOT_SCALE_BYTES;
 constexpr int N_BARRIERS = 2 * STAGES + 2 * CONSUMERS * SLOTS;
-// A copy of the step's scalars where they come from device memory, and each consumer's four sums.
+// A copy of the step's scalars where they come from device memory.
 struct Scalars {
     StepScalars step;
     RoundKeys keys;
 };
-constexpr u32 SUMS_AT = BARRIERS_AT + 8 * N_BARRIERS;
-constexpr u32 SCALARS_AT = SUMS_AT + 8 * 4 * CONSUMERS;
+// What a consumer knows of its tiles: Σ dW² of each warp's part, and how many were not finite.
+struct Tally {
+    double sums[4];
+    u32 nonfinite, last;
+};
+constexpr u32 TALLIES_AT = BARRIERS_AT + 8 * N_BARRIERS;
+constexpr u32 SCALARS_AT = TALLIES_AT + sizeof(Tally) * CONSUMERS;
 // backend::cuda::sm90 computes the same.
 constexpr u32 SHARED_BYTES = SCALARS_AT + sizeof(Scalars);
 static_assert(SHARED_BYTES <= 227 * 1024 && (!any_q8() || TILE_COLS == 128), "policy.rs keeps to this");
@@ -64,7 +74,12 @@ struct Params {
     u64 global_cols;   // stride of the global index
     StepSource step;
     RoundKeys keys;    // Philox's, of `step`
-    TilePartial* partials;  // of each tile, or null
+    // Where the report goes (the norm in Mode::Norm), null: nowhere. The last block writes it, from a
+    // partial of each consumer; `counter` tells which block that is, and is 0 before and after.
+    void* reports[2];
+    TilePartial* partials;
+    u32* counter;
+    u32 method;  // of a norm
 };
 
 struct TileIndex {
@@ -266,11 +281,11 @@ FORGE_DEVICE void release(u32 barrier) {
 }
 
 template <int REGISTERS>
-FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 stages, u32 full, u32 empty,
+FORGE_DEVICE void multiply(float (&acc)[HALVES][REGISTERS], u32 token_blocks, u32 stages, u32 full, u32 empty,
                            Ring<STAGES>& stage) {
     // From +0, also where there are no tokens.
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < HALVES; ++half)
 #pragma unroll
         for (int i = 0; i < REGISTERS; ++i) {
             acc[half][i] = 0.0f;
@@ -285,8 +300,9 @@ FORGE_DEVICE void multiply(float (&acc)[2][REGISTERS], u32 token_blocks, u32 sta
 #pragma unroll
         for (int k = 0; k < TILE_TOKENS / 16; ++k) {
             // 16 tokens further: 2048 bytes; 64 rows of dW further: an atom. In units of 16 bytes.
-            wgmma<TILE_COLS>(acc[0], a + 128 * k, b + 128 * k);
-            wgmma<TILE_COLS>(acc[1], a + 128 * k + ATOM_BYTES / 16, b + 128 * k);
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half)
+                wgmma<TILE_COLS>(acc[half], a + 128 * k + half * (ATOM_BYTES / 16), b + 128 * k);
         }
         wgmma_commit();
         // All but the products just issued are done: their stage may be loaded again.
@@ -325,18 +341,56 @@ FORGE_DEVICE void add_squares(Squares& squares, float (&values)[N], float grad_s
     }
 }
 
-// The sum over a warp's lanes goes to shared memory, for `write_partial`.
-FORGE_DEVICE void collect(double* sums, u32 warp, double sum) {
+// Adds a tile to the tally: each warp's lanes to that warp's sum, always by the same thread.
+FORGE_DEVICE void add_to(Tally& tally, u32 warp, double sum, bool finite) {
+    const bool small = __all_sync(0xFFFFFFFFu, sum <= 1e30);
+    float narrow = static_cast<float>(sum);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        if (small) narrow += __shfl_down_sync(0xFFFFFFFFu, narrow, distance);
+        else sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
+    }
+    if (threadIdx.x % 32 == 0) tally.sums[warp] += small ? narrow : sum;
+    if (threadIdx.x % 128 == 0 && !finite) ++tally.nonfinite;
+}
+
+// After all tiles: this block's tallies, and in the last block the report of all.
+FORGE_DEVICE void report(const Params& p, Tally* tallies) {
+    if (p.reports[0] == nullptr && p.reports[1] == nullptr) return;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int c = 0; c < CONSUMERS; ++c) {
+            const Tally& t = tallies[c];
+            const double sum = (t.sums[0] + t.sums[1]) + (t.sums[2] + t.sums[3]);
+            p.partials[blockIdx.x * CONSUMERS + c] = {sum, t.nonfinite, 0u};
+        }
+        __threadfence();
+        // Wraps around to 0 in the last block.
+        tallies[0].last = atomicInc(p.counter, gridDim.x - 1) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (tallies[0].last == 0 || threadIdx.x >= 32) return;
+    __threadfence();
+    double sum = 0.0;
+    u32 nonfinite = 0;
+    for (u32 i = threadIdx.x; i < gridDim.x * CONSUMERS; i += 32) {
+        const volatile TilePartial& partial = p.partials[i];
+        sum += partial.sum_of_squares;
+        nonfinite += partial.nonfinite;
+    }
+    nonfinite = __reduce_add_sync(0xFFFFFFFFu, nonfinite);
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
         sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
-    if (threadIdx.x % 32 == 0) sums[warp] = sum;
-}
-
-FORGE_DEVICE void write_partial(const Params& p, TileIndex tile, const double* sums, bool finite) {
-    if (threadIdx.x % 128 == 0 && tile.m < p.tiles_m) {
-        const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        p.partials[tile.m * p.tiles_n + tile.n] = {sum, finite ? 0u : 1u, 0u};
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < 2; ++i) {
+        if (p.reports[i] == nullptr) continue;
+        if constexpr (MODE == Mode::Norm) {
+            *static_cast<Norm*>(p.reports[i]) = norm_of(sum, nonfinite, p.method);
+        } else {
+            const u64 tiles = static_cast<u64>(p.tiles_m) * p.tiles_n;
+            *static_cast<Report*>(p.reports[i]) = {sizeof(Report), 0, tiles, nonfinite, sum};
+        }
     }
 }
 
@@ -394,19 +448,20 @@ FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS], u32 
 // What becomes of the tile's registers, chunk by chunk.
 template <int REGISTERS>
 FORGE_DEVICE void consume(const Params& p, const StepScalars& step, const RoundKeys& keys,
-                          float (&acc)[2][REGISTERS], TileIndex tile, u32 consumer, u8* shared, u32 full,
-                          u32 done, Ring<SLOTS>& ring, const Lane& lane) {
-    double* sums = reinterpret_cast<double*>(shared + SUMS_AT) + 4 * consumer;
+                          float (&acc)[HALVES][REGISTERS], u32 consumer, u8* shared, u32 full, u32 done,
+                          Ring<SLOTS>& ring, const Lane& lane) {
+    Tally& tally = reinterpret_cast<Tally*>(shared + TALLIES_AT)[consumer];
+    // A place below W counts for nothing: its zeros may meet an infinity.
+    const bool told = (p.reports[0] != nullptr || p.reports[1] != nullptr) && lane.tile_row < p.rows;
     constexpr bool GUARDED = MODE != Mode::Accumulate;
     constexpr bool ADDS = array_spec(A_ACCUMULATOR).bytes > 0;
     Squares squares;
     bool finite = true;
     if constexpr (GUARDED && !ADDS) {
-        add_squares(squares, acc[0], step.grad_scale);
-        add_squares(squares, acc[1], step.grad_scale);
-        if (p.partials != nullptr) collect(sums, lane.warp, squares.sum);
-        finite = !named_barrier_any(3 + consumer, 128, squares.bad);
-        if (p.partials != nullptr) write_partial(p, tile, sums, finite);
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) add_squares(squares, acc[half], step.grad_scale);
+        finite = !named_barrier_any(OWN + consumer, 128, squares.bad);
+        if (told) add_to(tally, lane.warp, squares.sum, finite);
     }
     if constexpr (STREAMS) {
         u8* slots = shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES;
@@ -415,7 +470,7 @@ FORGE_DEVICE void consume(const Params& p, const StepScalars& step, const RoundK
         // One body for both m64 halves: unrolled over the whole tile, the code would outgrow the
         // instruction cache, which costs more than moving the second half's accumulators.
 #pragma unroll 1
-        for (u32 half = 0; half < 2; ++half) {
+        for (u32 half = 0; half < HALVES; ++half) {
             if constexpr (any_q8()) {
                 // Twice as long: one body for rows 0..7 and 8..15 as well. Tiles are a block wide.
 #pragma unroll 1
@@ -423,20 +478,21 @@ FORGE_DEVICE void consume(const Params& p, const StepScalars& step, const RoundK
                     one_chunk<0>(p, acc[0], half, row8, finite, squares, slots, slot_scales, full, done, ring,
                                  update, lane);
             } else {
-                for_constants<CHUNKS / 2>([&](auto constant) {
+                for_constants<CHUNKS / HALVES>([&](auto constant) {
                     constexpr int C = decltype(constant)::value;
                     one_chunk<C % COL_CHUNKS * CHUNK_COLS>(p, acc[0], half, C / COL_CHUNKS, finite, squares,
                                                            slots, slot_scales, full, done, ring, update, lane);
                 });
             }
+            if constexpr (HALVES == 2) {
 #pragma unroll
-            for (int i = 0; i < REGISTERS; ++i) acc[0][i] = acc[1][i];
+                for (int i = 0; i < REGISTERS; ++i) acc[0][i] = acc[1][i];
+            }
         }
     }
     if constexpr (GUARDED && ADDS) {
-        if (p.partials != nullptr) collect(sums, lane.warp, squares.sum);
-        finite = !named_barrier_any(3 + consumer, 128, squares.bad);
-        if (p.partials != nullptr) write_partial(p, tile, sums, finite);
+        finite = !named_barrier_any(OWN + consumer, 128, squares.bad);
+        if (told) add_to(tally, lane.warp, squares.sum, finite);
     }
 }
 
@@ -458,32 +514,30 @@ FORGE_DEVICE void consumer_loop(const Params& p, u8* shared, u32 consumer, u32 f
 
     Ring<STAGES> stage;
     Ring<SLOTS> ring;
-    // The two mainloops take turns, so that waits on `full` never lag a whole round behind.
-    const u32 mine = 1 + consumer, other = 2 - consumer;
-    if (consumer == 1) {
-        named_barrier_arrive(other, 256);
-        stage.advance(token_blocks);
-    }
+    // The mainloops take turns, so that waits on `full` never lag a whole round behind.
+    const u32 mine = TURN + consumer, next = TURN + (consumer + 1) % CONSUMERS;
+    if (consumer == CONSUMERS - 1) named_barrier_arrive(next, 256);
+    stage.advance(consumer * token_blocks);
     for (u32 place = walk.first + consumer * walk.step; place < walk.places;
          place += CONSUMERS * walk.step) {
         const TileIndex tile = walk.tile(p, place);
-        float acc[2][REGISTERS];
+        float acc[HALVES][REGISTERS];
         named_barrier_sync(mine, 256);
         Ring<STAGES> last = stage;
         if (token_blocks > 0) last.advance(token_blocks - 1);
         multiply(acc, token_blocks, shared_address(shared), full, empty, stage);
-        named_barrier_arrive(other, 256);
+        named_barrier_arrive(next, 256);
         wgmma_wait<0>();
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < HALVES; ++half)
 #pragma unroll
             for (int i = 0; i < REGISTERS; ++i) wgmma_pin(acc[half][i]);
         if (token_blocks > 0) release(empty + 8 * last.index);
-        stage.advance(token_blocks);  // those of the other consumer's tile
+        stage.advance((CONSUMERS - 1) * token_blocks);  // those of the others' tiles
 
         const Lane lane{thread / 32, thread % 32 / 4, thread % 4, tile.m * TILE_ROWS,
                         tile.n * TILE_COLS};
-        consume(p, step, keys, acc, tile, consumer, shared, ring_full, ring_done, ring, lane);
+        consume(p, step, keys, acc, consumer, shared, ring_full, ring_done, ring, lane);
     }
 }
 
@@ -512,6 +566,7 @@ extern "C" __global__ void FORGE_CLUSTER_ATTRIBUTE __launch_bounds__(forge::THRE
             barrier_init(rings + 8 * i, i / SLOTS % 2 == 0 ? 1 : 4);
         }
         barrier_init_fence();
+        for (int c = 0; c < CONSUMERS; ++c) reinterpret_cast<Tally*>(shared + TALLIES_AT)[c] = {};
 #if FORGE_DEVICE_STEP
         Scalars& scalars = *reinterpret_cast<Scalars*>(shared + SCALARS_AT);
         scalars.step = *p.step.device;
@@ -533,10 +588,12 @@ extern "C" __global__ void FORGE_CLUSTER_ATTRIBUTE __launch_bounds__(forge::THRE
                           rings + 16 * SLOTS * consumer, rings + 16 * SLOTS * consumer + 8 * SLOTS);
         }
     } else {
-        registers_raise<240>();
+        registers_raise<CONSUMERS == 2 ? 240 : 160>();
         consumer_loop(p, shared, group, full, empty, rings + 16 * SLOTS * group,
                       rings + 16 * SLOTS * group + 8 * SLOTS);
     }
+    __syncwarp();
+    report(p, reinterpret_cast<Tally*>(shared + TALLIES_AT));
     // Nobody leaves while others still load into its memory or arrive on its barriers.
     if (CLUSTER > 1) {
         __syncwarp();

@@ -234,6 +234,20 @@ pub unsafe fn launch(
     check("cuLaunchKernel", result)
 }
 
+/// Writes zeros, and waits until they are there.
+///
+/// # Safety
+/// The context is current; the memory is valid for writes of `bytes` and not in use.
+pub unsafe fn zero(target: DevicePtr, bytes: u64) -> Result<()> {
+    let default = std::ptr::null_mut();
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let set = sys::cuMemsetD8Async(target, 0, bytes as usize, default);
+        check("cuMemsetD8Async", set)?;
+        check("cuStreamSynchronize", sys::cuStreamSynchronize(default))
+    }
+}
+
 /// Reads a value from device memory; waits for the stream.
 ///
 /// # Safety

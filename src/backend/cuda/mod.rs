@@ -197,6 +197,12 @@ impl Cuda {
     }
 }
 
+/// What the fused kernel needs to leave a report at `targets`.
+fn sm90_reports(workspace: &Workspace, targets: [DevicePtr; 2]) -> sm90::Reports {
+    let (partials, counter) = (workspace.partials, workspace.counters);
+    sm90::Reports { targets, partials, counter, method: TILES }
+}
+
 /// A region of an fp32 buffer of the shard's shape.
 fn plane_of(buffer: Accumulator, shard: &Shard, region: Region) -> Plane {
     let at = region.row * shard.cols as u64 + region.col;
@@ -221,7 +227,11 @@ impl Backend for Cuda {
     }
 
     unsafe fn set_workspace(&self, data: *mut u8, _bytes: u64) -> Result<()> {
-        self.gpu.workspace.set(data as DevicePtr);
+        let base = data as DevicePtr;
+        let _entered = self.gpu.device.enter()?;
+        // SAFETY: the caller lends this memory; nothing uses it yet.
+        unsafe { driver::zero(Workspace::at(base).counters, Workspace::COUNTERS_BYTES)? };
+        self.gpu.workspace.set(base);
         Ok(())
     }
 
@@ -246,10 +256,12 @@ impl Backend for Cuda {
                 reduce::prologue(gpu, scheme, source, workspace.scalars, stream)?;
             }
             let step = KernelStep::new(step, workspace.scalars);
-            let (base, no_tokens) = (partials.base, factors.iter().all(|f| f.tokens == 0));
-            let mut fused = None;
-            if self.may_fuse(scheme) && !no_tokens {
-                fused = sm90::try_update(
+            let no_tokens = factors.iter().all(|f| f.tokens == 0);
+            let host = if deliver.host { workspace.result } else { 0 };
+            let out = [host, deliver.device as DevicePtr];
+            let fused = self.may_fuse(scheme) && !no_tokens && {
+                let reports = sm90_reports(&workspace, out);
+                sm90::try_update(
                     gpu,
                     scheme,
                     shard,
@@ -257,16 +269,15 @@ impl Backend for Cuda {
                     accumulator,
                     arrays,
                     step,
-                    base,
+                    reports,
                     stream,
-                )?;
-            }
+                )?
+            };
             let mut apply = |region: Region, gradient: Gradient| {
                 let at = partials.take(region.tiles())?;
                 elementwise::update(gpu, scheme, shard, region, arrays, gradient, &step, at, stream)
             };
-            if let Some(count) = fused {
-                partials.count = count;
+            if fused {
             } else if no_tokens {
                 let whole = Region::whole(shard);
                 let gradient = accumulator.map_or(Gradient::ZERO, |a| Gradient {
@@ -288,9 +299,7 @@ impl Backend for Cuda {
                     },
                 )?;
             }
-            let host = if deliver.host { workspace.result } else { 0 };
-            let out = [host, deliver.device as DevicePtr];
-            if out != [0, 0] {
+            if !fused && out != [0, 0] {
                 reduce::report(gpu, workspace.partials, partials.count, out, stream)?;
             }
             if !deliver.host {
@@ -345,19 +354,20 @@ impl Backend for Cuda {
         let mut partials = Partials { base: workspace.partials, count: 0 };
         // SAFETY: as promised by the caller.
         unsafe {
-            let (base, no_tokens) = (partials.base, factors.iter().all(|f| f.tokens == 0));
-            let mut fused = None;
-            if self.may_fuse(scheme) && !no_tokens {
-                fused = sm90::try_norm(gpu, scheme, shard, factors, accumulator, base, stream)?;
-            }
+            let no_tokens = factors.iter().all(|f| f.tokens == 0);
+            let host = if deliver.host { workspace.result } else { 0 };
+            let out = [host, deliver.device as DevicePtr];
+            let fused = self.may_fuse(scheme) && !no_tokens && {
+                let reports = sm90_reports(&workspace, out);
+                sm90::try_norm(gpu, scheme, shard, factors, accumulator, reports, stream)?
+            };
             let mut square = |region: Region, plane: Plane| {
                 let at = partials.take(region.tiles())?;
                 let (data, stride) = (plane.data, plane.stride as u64);
                 let size = (region.rows, region.cols);
                 reduce::squares(gpu, (data, stride), size, at, stream)
             };
-            if let Some(count) = fused {
-                partials.count = count;
+            if fused {
             } else if no_tokens {
                 // Without either, the sum over no partial is 0.
                 if let Some(accumulator) = accumulator {
@@ -368,9 +378,9 @@ impl Backend for Cuda {
                 let to = &workspace;
                 self.for_each_panel(scheme, shard, factors, accumulator, to, stream, square)?;
             }
-            let host = if deliver.host { workspace.result } else { 0 };
-            let out = [host, deliver.device as DevicePtr];
-            reduce::norm(gpu, workspace.partials, partials.count, TILES, out, stream)?;
+            if !fused {
+                reduce::norm(gpu, workspace.partials, partials.count, TILES, out, stream)?;
+            }
             if !deliver.host {
                 return Ok(None);
             }

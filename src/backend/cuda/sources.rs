@@ -21,6 +21,7 @@ pub const HEADERS: &[Source] = &[
     source!("philox.cuh"),
     source!("shard.cuh"),
     source!("q8.cuh"),
+    source!("report.cuh"),
     source!("formats.cuh"),
     source!("rules.cuh"),
     source!("rules/adam.cuh"),

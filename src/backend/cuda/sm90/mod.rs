@@ -1,5 +1,5 @@
 //! The fused kernel of compute capability 9.0, `kernels/wgrad_sm90.cu`. Each function says whether it
-//! took the work: `None` or `false` leaves it to the panel path.
+//! took the work: `false` leaves it to the panel path.
 
 pub mod policy;
 
@@ -17,8 +17,6 @@ use policy::{Tile, choose, shared_bytes};
 /// `forge::Array`: weight, extra, three states, accumulator.
 const ARRAYS: usize = 6;
 const ACCUMULATOR: usize = 5;
-/// Threads of a block.
-const THREADS: u32 = 384;
 /// Segments that one launch takes; kernels are specialised for one, some, or this many.
 pub const MOST_SEGMENTS: usize = 32;
 const EMPTY: TensorMap = TensorMap { opaque: [0; 16] };
@@ -68,7 +66,28 @@ struct Params<const SEGMENTS: usize> {
     global_cols: u64,
     step: KernelStep,
     keys: [[u32; 2]; 10],
+    reports: [DevicePtr; 2],
     partials: DevicePtr,
+    counter: DevicePtr,
+    method: u32,
+}
+
+/// Where the kernel leaves its report or norm, and what it needs to make one.
+#[derive(Clone, Copy, Debug)]
+pub struct Reports {
+    /// Where it goes; 0: nowhere.
+    pub targets: [DevicePtr; 2],
+    /// Room for a `TilePartial` of each consumer.
+    pub partials: DevicePtr,
+    /// A zero, which the kernel leaves as one.
+    pub counter: DevicePtr,
+    /// Of a norm: the `forge_norm_method` that it says.
+    pub method: u32,
+}
+
+impl Reports {
+    /// No report.
+    const NONE: Self = Self { targets: [0; 2], partials: 0, counter: 0, method: 0 };
 }
 
 /// What the kernel is compiled for, beside the scheme.
@@ -107,12 +126,14 @@ impl Specialisation {
         define("DRAWS_ALIGNED", u32::from(whole_draws));
         define("DEVICE_STEP", u32::from(self.device_step));
         define("MAX_SEGMENTS", self.segments as u32);
+        define("TILE_ROWS", self.tile.rows);
         define("TILE_COLS", self.tile.cols);
         define("TILE_TOKENS", self.tile.tokens);
         define("STAGES", self.tile.stages);
         define("CHUNK_COLS", self.tile.chunk_cols);
         define("SLOTS", self.tile.slots);
         define("CLUSTER", self.tile.cluster);
+        define("CONSUMERS", self.tile.consumers);
         out
     }
 }
@@ -127,10 +148,10 @@ struct Call<'a> {
     scales: [DevicePtr; MAX_STATES],
     mode: Mode,
     step: KernelStep,
-    partials: DevicePtr,
+    reports: Reports,
 }
 
-/// The fused update. Returns the number of `TilePartial`s written from `partials` on.
+/// The fused update. Returns whether it was enqueued, its report included.
 ///
 /// # Safety
 /// As [`super::super::Backend::update`]; the context is current.
@@ -142,11 +163,11 @@ pub unsafe fn try_update(
     accumulator: Option<Accumulator>,
     arrays: &Arrays,
     step: KernelStep,
-    partials: DevicePtr,
+    reports: Reports,
     stream: Stream,
-) -> Result<Option<u64>> {
+) -> Result<bool> {
     if !takes(scheme, shard) {
-        return Ok(None);
+        return Ok(false);
     }
     let state_formats = &scheme.state_formats[..scheme.n_states];
     let mut streamed = [None; ARRAYS];
@@ -166,7 +187,7 @@ pub unsafe fn try_update(
         scales: arrays.scales.map(|s| s as DevicePtr),
         mode: Mode::Update,
         step,
-        partials,
+        reports,
     };
     // SAFETY: as promised by the caller.
     unsafe { call.run(stream) }
@@ -192,15 +213,12 @@ pub unsafe fn try_accumulate(
     accumulator: Accumulator,
     stream: Stream,
 ) -> Result<bool> {
+    let (buffer, none) = (Some(accumulator), Reports::NONE);
     // SAFETY: as promised by the caller.
-    let tiles = unsafe {
-        let buffer = Some(accumulator);
-        plain(gpu, scheme, shard, factors, buffer, Mode::Accumulate, 0, stream)?
-    };
-    Ok(tiles.is_some())
+    unsafe { plain(gpu, scheme, shard, factors, buffer, Mode::Accumulate, none, stream) }
 }
 
-/// The squares of each tile. Returns the number of `TilePartial`s written from `partials` on.
+/// The norm. Returns whether it was enqueued.
 ///
 /// # Safety
 /// As [`try_update`].
@@ -210,11 +228,11 @@ pub unsafe fn try_norm(
     shard: &Shard,
     factors: &[Factors],
     accumulator: Option<Accumulator>,
-    partials: DevicePtr,
+    reports: Reports,
     stream: Stream,
-) -> Result<Option<u64>> {
+) -> Result<bool> {
     // SAFETY: as promised by the caller.
-    unsafe { plain(gpu, scheme, shard, factors, accumulator, Mode::Norm, partials, stream) }
+    unsafe { plain(gpu, scheme, shard, factors, accumulator, Mode::Norm, reports, stream) }
 }
 
 /// A mode that touches neither weight nor states.
@@ -228,11 +246,11 @@ unsafe fn plain(
     factors: &[Factors],
     accumulator: Option<Accumulator>,
     mode: Mode,
-    partials: DevicePtr,
+    reports: Reports,
     stream: Stream,
-) -> Result<Option<u64>> {
+) -> Result<bool> {
     if !takes(scheme, shard) {
-        return Ok(None);
+        return Ok(false);
     }
     let mut arrays = [None; ARRAYS];
     arrays[ACCUMULATOR] =
@@ -246,7 +264,7 @@ unsafe fn plain(
         scales: [0; MAX_STATES],
         mode,
         step: KernelStep::default(),
-        partials,
+        reports,
     };
     // SAFETY: as promised by the caller.
     unsafe { call.run(stream) }
@@ -284,9 +302,9 @@ impl Call<'_> {
 
     /// # Safety
     /// As [`try_update`].
-    unsafe fn run(&self, stream: Stream) -> Result<Option<u64>> {
+    unsafe fn run(&self, stream: Stream) -> Result<bool> {
         if !self.possible() {
-            return Ok(None);
+            return Ok(false);
         }
         let Shard { rows, cols, .. } = *self.shard;
         let properties = self.gpu.properties();
@@ -295,7 +313,7 @@ impl Call<'_> {
         let streams = self.streams();
         let (height, width) = (rows as u64, cols as u64);
         let Some(tile) = choose(height, width, tokens, &streams, properties.sm_count, most) else {
-            return Ok(None);
+            return Ok(false);
         };
         // SAFETY: as promised by the caller.
         unsafe {
@@ -305,7 +323,7 @@ impl Call<'_> {
                 _ => self.launch::<MOST_SEGMENTS>(&tile, &streams, stream)?,
             }
         }
-        Ok(Some(height.div_ceil(128) * width.div_ceil(tile.cols.into())))
+        Ok(true)
     }
 
     fn specialisation(&self, tile: &Tile, segments: usize) -> Specialisation {
@@ -332,7 +350,7 @@ impl Call<'_> {
     ) -> Result<()> {
         let Shard { rows, cols, .. } = *self.shard;
         let (tiles_m, tiles_n) =
-            (rows.div_ceil(128) as u32, cols.div_ceil(tile.cols as usize) as u32);
+            (rows.div_ceil(tile.rows as usize) as u32, cols.div_ceil(tile.cols as usize) as u32);
         let rows_of_places = tiles_m.div_ceil(tile.cluster);
         let scalars = &self.step.value;
         let mut params = Params::<SEGMENTS> {
@@ -352,7 +370,10 @@ impl Call<'_> {
             global_cols: self.shard.global_cols,
             step: self.step,
             keys: round_keys(scalars.key),
-            partials: self.partials,
+            reports: self.reports.targets,
+            partials: self.reports.partials,
+            counter: self.reports.counter,
+            method: self.reports.method,
         };
         let half = self.scheme.factor_dtype;
         // SAFETY: as promised by the caller: pointers and sizes of the shard and of its factors.
@@ -382,7 +403,7 @@ impl Call<'_> {
                 name: "forge_wgrad_sm90",
                 what: &specialise::name(self.scheme),
                 grid: [blocks, 1, 1],
-                block: THREADS,
+                block: 128 * (tile.consumers + 1),
                 shared_bytes: shared_bytes(tile, streams),
             };
             self.gpu.run(kernel, &mut parameters!(params), stream)

@@ -13,7 +13,9 @@ use super::Streams;
 /// A tile and how it is fed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
-    /// Columns of dW; rows are always 128.
+    /// Rows of dW.
+    pub rows: u32,
+    /// Columns.
     pub cols: u32,
     /// Tokens of a stage of factors.
     pub tokens: u32,
@@ -25,6 +27,8 @@ pub struct Tile {
     pub slots: u32,
     /// Blocks that share the loads of X.
     pub cluster: u32,
+    /// Warpgroups that take turns.
+    pub consumers: u32,
 }
 
 const fn tile(
@@ -33,7 +37,7 @@ const fn tile(
     (chunk_cols, slots): (u32, u32),
     cluster: u32,
 ) -> Tile {
-    Tile { cols, tokens, stages, chunk_cols, slots, cluster }
+    Tile { rows: 128, cols, tokens, stages, chunk_cols, slots, cluster, consumers: 2 }
 }
 
 /// In order of preference for up to so many tokens; the first that fits is taken. Tuned on an H200 with
@@ -87,19 +91,21 @@ const Q8: [Tile; 4] = [
 
 /// Bytes of dynamic shared memory; `forge::SHARED_BYTES` of kernels/wgrad_sm90.cu.
 pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
-    let stages = tile.stages * tile.tokens * 2 * (128 + tile.cols);
+    let stages = tile.stages * tile.tokens * 2 * (tile.rows + tile.cols);
     let slot = 32 * tile.chunk_cols * streams.bytes;
     let scales = if streams.q8 { 3 * 32 * 4 } else { 0 };
-    let barriers = 8 * (2 * tile.stages + 4 * tile.slots);
-    let sums = 8 * 4 * 2;
+    let rings = tile.consumers * tile.slots;
+    let barriers = 8 * 2 * (tile.stages + rings);
+    let tallies = 40 * tile.consumers;
     let scalars = 164;
-    stages + 2 * tile.slots * (slot + scales) + barriers + sums + scalars
+    stages + rings * (slot + scales) + barriers + tallies + scalars
 }
 
-/// Time that the tensor cores need for a shape, in tiles of 128×128 on one multiprocessor.
+/// What one multiprocessor has to multiply, in units of 64 elements of dW.
 fn waves(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
-    let places = rows.div_ceil(128 * u64::from(tile.cluster)) * cols.div_ceil(tile.cols.into());
-    places.div_ceil(u64::from(sm_count / tile.cluster)) * u64::from(tile.cols) / 64
+    let places =
+        rows.div_ceil(u64::from(tile.rows * tile.cluster)) * cols.div_ceil(tile.cols.into());
+    places.div_ceil(u64::from(sm_count / tile.cluster)) * u64::from(tile.rows * tile.cols) / 64
 }
 
 /// The tile for a shape, or none where no tile's chunks fit into `most_shared` bytes.
