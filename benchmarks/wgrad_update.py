@@ -269,7 +269,9 @@ class Bench:
         factors = self.factors.sets(point.tokens, self._factor_sets(point.shape, point.tokens))
         parameters = self.parameters[point.formats]
         try:
-            forge = self.layers.ForgeUpdate(point.shape, parameters, factors, self.options.rounding, self.options.state_rounding)
+            forge = self.layers.ForgeUpdate(
+                point.shape, parameters, factors, self.options.rounding, self.options.state_rounding
+            )
         except (ValueError, RuntimeError) as error:
             row["unsupported"] = str(error)
             return None
@@ -514,7 +516,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--bursts", type=int, default=7, help="bursts per method (default 7)")
     parser.add_argument(
-        "--rounding", choices=("stochastic", "nearest"), default="stochastic", help="of bf16 weights"
+        "--rounding",
+        choices=("stochastic", "nearest"),
+        default="stochastic",
+        help="of bf16 weights",
     )
     parser.add_argument(
         "--state-rounding",

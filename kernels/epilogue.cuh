@@ -193,7 +193,7 @@ struct ChunkUpdate {
                     state_draws[2] = draws(Stream::State2, index + 32 * group);
             }
             // Pairs that are worked on together: more hide latency, fewer leave registers to q8.
-            constexpr int TOGETHER = any_q8() ? 2 : 4;
+            constexpr int TOGETHER = any_q8() || (FORGE_STATE_STOCHASTIC && FORGE_TILE_COLS > 128) ? 2 : 4;
 #pragma unroll
             for (int begin = 0; begin < 4; begin += TOGETHER) {
                 float2 w[4], s[3][4];

@@ -108,6 +108,30 @@ fn waves(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
     places.div_ceil(u64::from(sm_count / tile.cluster)) * u64::from(tile.rows * tile.cols) / 64
 }
 
+/// The environment variable by which `benchmarks/tune_tiles.py` tries tiles.
+const OVERRIDE: &str = "FORGE_SM90_TILE";
+
+/// `rows,cols,tokens,stages,chunk_cols,slots,cluster,consumers`.
+fn parse(text: &str) -> Option<Tile> {
+    let numbers: Vec<u32> =
+        text.split(',').map(|n| n.trim().parse().ok()).collect::<Option<_>>()?;
+    let [rows, cols, tokens, stages, chunk_cols, slots, cluster, consumers] = numbers[..] else {
+        return None;
+    };
+    let tile = Tile { rows, cols, tokens, stages, chunk_cols, slots, cluster, consumers };
+    // What the kernel is written for; three warpgroups have registers for 64 rows each.
+    let known = [64, 128].contains(&rows)
+        && [128, 192].contains(&cols)
+        && [32, 64].contains(&tokens)
+        && [32, 64, 128].contains(&chunk_cols)
+        && cols.is_multiple_of(chunk_cols)
+        && [1, 2].contains(&cluster)
+        && (consumers == 2 || consumers == 3 && rows == 64 && cols == 128)
+        && (2..=16).contains(&stages)
+        && (1..=8).contains(&slots);
+    known.then_some(tile)
+}
+
 /// The tile for a shape, or none where no tile's chunks fit into `most_shared` bytes.
 pub fn choose(
     rows: u64,
@@ -118,6 +142,13 @@ pub fn choose(
     most_shared: u32,
 ) -> Option<Tile> {
     let fits = |tile: &&Tile| shared_bytes(tile, streams) <= most_shared;
+    if let Ok(text) = std::env::var(OVERRIDE) {
+        let tile = parse(&text).filter(|t| fits(&t) && (!streams.q8 || t.chunk_cols == 128));
+        if tile.is_none() {
+            tracing::warn!(target: "forge", "{OVERRIDE}={text}: no tile that fits; the panel path is taken");
+        }
+        return tile;
+    }
     if streams.q8 {
         return Q8.iter().find(fits).copied();
     }
@@ -154,6 +185,17 @@ mod tests {
                     assert_eq!(tile.cols % tile.chunk_cols, 0, "{tile:?}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_tile_can_be_named() {
+        let tile = parse("64,128,32,6,128,2,2,3").unwrap();
+        assert_eq!((tile.rows, tile.stages, tile.consumers), (64, 6, 3));
+        for wrong in
+            ["", "64,128", "128,128,32,6,128,2,2,3", "64,128,32,6,96,2,2,2", "a,b,c,d,e,f,g,h"]
+        {
+            assert_eq!(parse(wrong), None, "{wrong}");
         }
     }
 

@@ -1,0 +1,112 @@
+"""Tries tiles of the fused Hopper kernel on shapes, token counts and formats, and prints the best.
+
+    python benchmarks/tune_tiles.py --shapes 28672x4096 --tokens 512,1024 --formats bf16/bf16
+
+FORGE_SM90_TILE names the tile to the library. What came of it is in sm90/policy.rs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+SHARED_BYTES = 232_448
+# Bytes that stream for each element of W.
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "bf16+fp32": 6, "bf16+16": 4}
+STATE_BYTES = {"fp32": 4, "bf16": 2, "q8": 1}
+
+
+def shapes(text: str) -> list[tuple[int, ...]]:
+    """``OUTxIN,...``."""
+    return [tuple(map(int, item.split("x"))) for item in text.split(",")]
+
+
+def formats(text: str) -> list[tuple[str, ...]]:
+    """``WEIGHT/STATE,...``."""
+    return [tuple(item.split("/")) for item in text.split(",")]
+
+
+def candidates(weight_format: str, state_format: str) -> Iterator[tuple[int, ...]]:
+    """Tiles that fit shared memory, each with as many stages as fit.
+
+    Yields:
+        rows, columns, tokens of a stage, stages, columns of a chunk, slots, cluster, consumers.
+    """
+    element = WEIGHT_BYTES[weight_format] + 2 * STATE_BYTES[state_format]
+    q8 = state_format == "q8"
+    tiles = ((128, 128, 2), (128, 192, 2), (64, 128, 2), (64, 128, 3))
+    for (rows, cols, consumers), chunk, slots in product(tiles, (32, 64, 128), (1, 2, 3, 4)):
+        if cols % chunk or (q8 and (chunk != 128 or cols != 128)):
+            continue
+        if not 60_000 <= 32 * chunk * element * slots * consumers <= 170_000:
+            continue
+        for tokens, cluster in product((32, 64), (1, 2)):
+            ring = consumers * slots * (32 * chunk * element + (384 if q8 else 0) + 16)
+            stage = tokens * 2 * (rows + cols) + 16
+            stages = min(8 * 64 // tokens, (SHARED_BYTES - ring - 40 * consumers - 164) // stage)
+            if stages * tokens >= 128:
+                yield rows, cols, tokens, stages, chunk, slots, cluster, consumers
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shapes", type=shapes, default=[(28672, 4096)], metavar="OUTxIN,...")
+    parser.add_argument("--tokens", default="512,1024,2048,4096")
+    parser.add_argument("--formats", type=formats, default=[("bf16", "bf16")])
+    parser.add_argument("--state-rounding", default="nearest")
+    parser.add_argument("--only", help="a part of a tile's name, to try fewer")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    import layers
+    import torch
+    from measure import Meter, Timing
+
+    meter = Meter(Timing(bursts=5), None)
+    rows: list[dict[str, Any]] = []
+    for shape, pair in product(options.shapes, options.formats):
+        count = 1 if shape[0] * shape[1] > 5e7 else 3
+        parameters = [layers.Parameter(shape, *pair) for _ in range(count)]
+        for parameter in parameters:
+            parameter.fill()
+        for tokens in map(int, options.tokens.split(",")):
+            pool = layers.Factors(shape, tokens * len(parameters))
+            times = {}
+            for tile in candidates(*pair):
+                name = ",".join(map(str, tile))
+                if options.only and options.only not in name:
+                    continue
+                os.environ["FORGE_SM90_TILE"] = name
+                try:
+                    factors = pool.sets(tokens, len(parameters))
+                    forge = layers.ForgeUpdate(
+                        shape, parameters, factors, "stochastic", options.state_rounding
+                    )
+                    problem = forge.check()
+                except RuntimeError as error:
+                    problem = str(error)
+                if problem:
+                    print(f"{name}: {problem}", flush=True)
+                    torch.cuda.synchronize()
+                    continue
+                times[name] = meter.burst(forge).us
+            best = sorted(times.items(), key=lambda item: item[1])
+            print(
+                f"{shape} {pair} {tokens}: " + "  ".join(f"{n}: {t:.0f}" for n, t in best[:6]),
+                flush=True,
+            )
+            rows.append({"shape": shape, "formats": pair, "tokens": tokens, "us": dict(best)})
+            if options.out:
+                options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
