@@ -63,8 +63,14 @@ def main() -> None:
     parser.add_argument("--formats", type=formats, default=[("bf16", "bf16")])
     parser.add_argument("--state-rounding", default="nearest")
     parser.add_argument("--only", help="a part of a tile's name, to try fewer")
+    parser.add_argument("--list", action="store_true", help="print the tiles and measure nothing")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.list:
+        for pair in options.formats:
+            for tile in candidates(*pair):
+                print("/".join(pair), ",".join(map(str, tile)))
+        return
 
     import layers
     import torch

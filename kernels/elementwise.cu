@@ -1,8 +1,7 @@
 // The rule over an fp32 gradient that is in memory: a panel of dW, an accumulator, or zeros.
 //
-// A block takes a tile of 64 × 128. It first looks at the whole tile's gradient; if an element, or
-// its product with grad_scale, is not finite, no weight or state of the tile is touched. Then it
-// goes through the tile 16 rows at a time: a thread has 8 consecutive elements, 16 lanes have a
+// A block takes a tile of 64 × 128. It first looks at the whole tile's gradient; if an element is
+// not finite, no weight or state of the tile is touched. Then it goes through the tile 16 rows at a time: a thread has 8 consecutive elements, 16 lanes have a
 // row, which is one q8 block. The loads of a pass are all in flight before its first use.
 #include "formats.cuh"
 #include "philox.cuh"
@@ -297,7 +296,7 @@ FORGE_DEVICE void update(const ShardArrays &arrays, const Place &place, const Me
             s[1] = state_value<1>(memory.states[1], i);
         if constexpr (N_STATES > 2)
             s[2] = state_value<2>(memory.states[2], i);
-        FORGE_RULE::update(step.constants, __fmul_rn(g[i], step.grad_scale), w[i], s);
+        FORGE_RULE::update(step.constants, g[i], step.grad_scale, w[i], s);
 #pragma unroll
         for (int k = 0; k < N_STATES; ++k)
             states[k][i] = s[k];
@@ -358,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {
             squares += static_cast<double>(run.value[i]) * static_cast<double>(run.value[i]);
-            finite = finite && is_finite(__fmul_rn(run.value[i], step.grad_scale));
+            finite = finite && is_finite(run.value[i]);
         }
         waiting[pass][0][threadIdx.x] =
             make_float4(run.value[0], run.value[1], run.value[2], run.value[3]);

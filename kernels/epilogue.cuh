@@ -20,15 +20,15 @@ FORGE_DEVICE u32 narrow_bf16x2(float x, float y) {
 }
 // Adds 16 random bits below each bf16 and cuts. `mask` of 0 only cuts: see `rounding_mask`.
 FORGE_DEVICE u32 narrow_bf16x2_stochastic(float x, float y, u32 draws, u32 mask) {
-    const u32 a = float_to_bits(x) + (draws & 0xFFFFu & mask);
-    const u32 b = float_to_bits(y) + ((draws >> 16) & mask);
+    const u32 bits = draws & mask;
+    const u32 a = float_to_bits(x) + (bits & 0xFFFFu);
+    const u32 b = float_to_bits(y) + (bits >> 16);
     return __byte_perm(a, b, 0x7632);
 }
-// Adding bits must not turn the largest finite numbers into infinities, nor a NaN into a zero. Eight
-// values at a time: all bits set, or none where one of them is that large or not finite. `sum`: of the
-// values times HEADROOM, so that it overflows.
-constexpr float HEADROOM = 1.01f;
-FORGE_DEVICE u32 rounding_mask(float sum) { return fabsf(sum) <= 3.4e38f ? 0xFFFFFFFFu : 0u; }
+// Adding bits must not turn the largest finite numbers into infinities, nor a NaN into a zero. Some
+// values at a time: all bits set, or none where one of them is that large or not finite. `magnitudes`:
+// their sum, which is no smaller than the largest.
+FORGE_DEVICE u32 rounding_mask(float magnitudes) { return magnitudes <= 3.3e38f ? 0xFFFFFFFFu : 0u; }
 
 FORGE_DEVICE float2 load_f32x2(const u8* p) { return *reinterpret_cast<const float2*>(p); }
 FORGE_DEVICE u32 load_u32(const u8* p) { return *reinterpret_cast<const u32*>(p); }
@@ -83,6 +83,7 @@ struct ChunkUpdate {
     const StepScalars& step;
     const RoundKeys& keys;
     const Lane& lane;
+    u32 draw_high;  // upper word of all calls' counters
 
     template <int BYTES>
     FORGE_DEVICE u32 offset(int j) const {
@@ -149,16 +150,18 @@ struct ChunkUpdate {
         }
     }
 
-    // The draws of 32 columns from global index `first` on: word j for the pair (8·j + 2·q, + 1).
-    FORGE_DEVICE Draws draws(Stream stream, u64 first) const {
+    // The draws of 32 columns: word j for the pair (8·j + 2·q, + 1).
+    // `index`: of the lane's row at the chunk's first column; `group`: which 32 columns of the chunk.
+    FORGE_DEVICE Draws draws(Stream stream, u64 index, u32 group) const {
 #if FORGE_DRAWS_ALIGNED
-        return draw_call(step, keys, stream, first / 32, lane.q);
+        const u32 call = static_cast<u32>(index / 32 * 4) + lane.q + 4 * group;
+        return draw_call(step, keys, stream, call, draw_high);
 #else
         Draws d;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const u64 index = first + 8 * j + 2 * lane.q;
-            d.word[j] = draw_one(step, stream, index) | (draw_one(step, stream, index + 1) << 16);
+            const u64 at = index + 32 * group + 8 * j + 2 * lane.q;
+            d.word[j] = draw_one(step, stream, at) | (draw_one(step, stream, at + 1) << 16);
         }
         return d;
 #endif
@@ -183,21 +186,21 @@ struct ChunkUpdate {
         for (int group = 0; group < PAIRS / 4; ++group) {
             Draws weight_draws{}, state_draws[3]{};
             if constexpr (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
-                weight_draws = draws(Stream::Weight, index + 32 * group);
+                weight_draws = draws(Stream::Weight, index, group);
             if constexpr (FORGE_STATE_STOCHASTIC) {
                 if constexpr (N_STATES > 0 && STATE[0] == StateFormat::Bf16)
-                    state_draws[0] = draws(Stream::State0, index + 32 * group);
+                    state_draws[0] = draws(Stream::State0, index, group);
                 if constexpr (N_STATES > 1 && STATE[1] == StateFormat::Bf16)
-                    state_draws[1] = draws(Stream::State1, index + 32 * group);
+                    state_draws[1] = draws(Stream::State1, index, group);
                 if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Bf16)
-                    state_draws[2] = draws(Stream::State2, index + 32 * group);
+                    state_draws[2] = draws(Stream::State2, index, group);
             }
             // Pairs that are worked on together: more hide latency, fewer leave registers to q8.
             constexpr int TOGETHER = any_q8() || (FORGE_STATE_STOCHASTIC && FORGE_TILE_COLS > 128) ? 2 : 4;
 #pragma unroll
             for (int begin = 0; begin < 4; begin += TOGETHER) {
                 float2 w[4], s[3][4];
-                float headroom = 0.0f, state_headroom[3] = {0.0f, 0.0f, 0.0f};
+                float magnitudes = 0.0f, state_magnitudes[3] = {0.0f, 0.0f, 0.0f};
 #pragma unroll
                 for (int p = begin; p < begin + TOGETHER; ++p) {
                     const int j = 4 * group + p;
@@ -212,13 +215,13 @@ struct ChunkUpdate {
                         sx[i] = s[i][p].x;
                         sy[i] = s[i][p].y;
                     }
-                    FORGE_RULE::update(step.constants, __fmul_rn(g.x, step.grad_scale), w[p].x, sx);
-                    FORGE_RULE::update(step.constants, __fmul_rn(g.y, step.grad_scale), w[p].y, sy);
+                    FORGE_RULE::update(step.constants, g.x, step.grad_scale, w[p].x, sx);
+                    FORGE_RULE::update(step.constants, g.y, step.grad_scale, w[p].y, sy);
 #pragma unroll
                     for (int i = 0; i < N_STATES; ++i) {
                         s[i][p] = make_float2(sx[i], sy[i]);
                         if (FORGE_STATE_STOCHASTIC && STATE[i] == StateFormat::Bf16)
-                            state_headroom[i] = fmaf(sy[i], HEADROOM, fmaf(sx[i], HEADROOM, state_headroom[i]));
+                            state_magnitudes[i] = (state_magnitudes[i] + fabsf(sx[i])) + fabsf(sy[i]);
                         if (STATE[i] == StateFormat::Q8) {
                             const float2 v = SIGNED[i] ? s[i][p]
                                                        : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
@@ -228,12 +231,12 @@ struct ChunkUpdate {
                         }
                     }
                     if (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
-                        headroom = fmaf(w[p].y, HEADROOM, fmaf(w[p].x, HEADROOM, headroom));
+                        magnitudes = (magnitudes + fabsf(w[p].x)) + fabsf(w[p].y);
                 }
-                const u32 mask = rounding_mask(headroom);
+                const u32 mask = rounding_mask(magnitudes);
                 u32 state_mask[3];
 #pragma unroll
-                for (int i = 0; i < 3; ++i) state_mask[i] = rounding_mask(state_headroom[i]);
+                for (int i = 0; i < 3; ++i) state_mask[i] = rounding_mask(state_magnitudes[i]);
 #pragma unroll
                 for (int p = begin; p < begin + TOGETHER; ++p) {
                     const int j = 4 * group + p;
@@ -270,7 +273,7 @@ struct ChunkUpdate {
             Draws random{};
             // Drawn again rather than kept: registers are what is short.
             if constexpr (FORGE_STATE_STOCHASTIC)
-                random = draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index + 32 * group);
+                random = draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index, group);
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
                 const int j = 4 * group + p;

@@ -79,10 +79,11 @@ FORGE_DEVICE Draws draw_call(const StepScalars& s, Stream stream, u64 block, u32
                                               s.seed_high, s.key[0], s.key[1]));
 }
 
-FORGE_DEVICE Draws draw_call(const StepScalars& s, const RoundKeys& keys, Stream stream, u64 block, u32 q) {
-    const u64 group = block * 4 + q;
-    return stream_draws(stream, philox4x32_10(static_cast<u32>(group), counter_high(stream, group), s.step,
-                                              s.seed_high, keys));
+// The same from the call's number, where the upper word of all numbers is the same: then the first
+// round and half of the second are the same for all lanes.
+FORGE_DEVICE Draws draw_call(const StepScalars& s, const RoundKeys& keys, Stream stream, u32 call, u32 high) {
+    if (stream == Stream::State2) high |= 3u << 24;
+    return stream_draws(stream, philox4x32_10(call, high, s.step, s.seed_high, keys));
 }
 
 // The 16 bits of one element, at the price of a call each: for elements that share no block.

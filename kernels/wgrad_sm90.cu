@@ -79,7 +79,8 @@ struct Params {
     void* reports[2];
     TilePartial* partials;
     u32* counter;
-    u32 method;  // of a norm
+    u32 method;     // of a norm
+    u32 draw_high;  // upper word of the numbers of all Philox calls, if FORGE_DRAWS_ALIGNED
 };
 
 struct TileIndex {
@@ -466,7 +467,7 @@ FORGE_DEVICE void consume(const Params& p, const StepScalars& step, const RoundK
     if constexpr (STREAMS) {
         u8* slots = shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES;
         u8* slot_scales = shared + SCALES_AT + consumer * SLOTS * SLOT_SCALE_BYTES;
-        ChunkUpdate update{step, keys, lane};
+        ChunkUpdate update{step, keys, lane, p.draw_high};
         // One body for both m64 halves: unrolled over the whole tile, the code would outgrow the
         // instruction cache, which costs more than moving the second half's accumulators.
 #pragma unroll 1

@@ -11,7 +11,7 @@ struct SgdRule {
     static constexpr int STATES = MOMENTUM ? 1 : 0;
 
     // Once for each step, in fp64. `hyper`: lr, weight decay, momentum, dampening.
-    FORGE_DEVICE static void constants(double step, const double* hyper, float* c) {
+    FORGE_DEVICE static void constants(double step, double, const double* hyper, float* c) {
         const bool first = !MOMENTUM || step == 1.0;
         c[0] = static_cast<float>(hyper[0]);
         c[1] = static_cast<float>(hyper[1]);
@@ -21,7 +21,8 @@ struct SgdRule {
         c[5] = NESTEROV ? 1.0f : 0.0f;
     }
 
-    FORGE_DEVICE static void update(const float* c, float g, float& w, float* s) {
+    FORGE_DEVICE static void update(const float* c, float g, float scale, float& w, float* s) {
+        g = __fmul_rn(g, scale);
         g = __fmaf_rn(c[1], w, g);
         float direction = g;
         if (MOMENTUM) {

@@ -24,7 +24,9 @@ const EPS_SPEC: Hyper = Hyper::new(c"eps", 1e-8, 0.0, f32::MAX as f64);
 pub(super) struct Adam;
 pub(super) struct AdamW;
 
-fn constants(step: &StepScalars, coupled: f64, decoupled: f64) -> Constants {
+fn constants(step: &StepScalars, is_coupled: bool) -> Constants {
+    let decay = step.hyper[WEIGHT_DECAY];
+    let (coupled, decoupled) = if is_coupled { (decay, 0.0) } else { (0.0, decay) };
     let h = &step.hyper;
     let t = step.step as f64;
     let bias1 = 1.0 - h[BETA1].powf(t);
@@ -38,8 +40,12 @@ fn constants(step: &StepScalars, coupled: f64, decoupled: f64) -> Constants {
     c[5] = (1.0 - h[BETA2]) as f32;
     c[6] = bias2.sqrt() as f32;
     c[7] = h[EPS] as f32;
-    // For the GPU, which multiplies.
-    c[8] = (1.0 / bias2.sqrt()) as f32;
+    // For the GPU, which works with fewer instructions: see kernels/rules/adam.cuh.
+    let most = f64::from(f32::MAX);
+    let scale = if is_coupled { 1.0 } else { step.grad_scale };
+    c[8] = (-bias1 / (h[LR] * bias2.sqrt())).max(-most) as f32;
+    c[9] = ((1.0 - h[BETA2]).sqrt() * scale) as f32;
+    c[10] = if h[EPS] == 0.0 { 0.0 } else { (-bias1 / h[LR] * h[EPS]).max(-most) as f32 };
     c
 }
 
@@ -64,7 +70,7 @@ impl Rule for Adam {
     };
 
     fn constants(step: &StepScalars, _flags: u32) -> Constants {
-        constants(step, step.hyper[WEIGHT_DECAY], 0.0)
+        constants(step, true)
     }
 
     #[inline(always)]
@@ -83,7 +89,7 @@ impl Rule for AdamW {
     };
 
     fn constants(step: &StepScalars, _flags: u32) -> Constants {
-        constants(step, 0.0, step.hyper[WEIGHT_DECAY])
+        constants(step, false)
     }
 
     #[inline(always)]

@@ -70,6 +70,7 @@ struct Params<const SEGMENTS: usize> {
     partials: DevicePtr,
     counter: DevicePtr,
     method: u32,
+    draw_high: u32,
 }
 
 /// Where the kernel leaves its report or norm, and what it needs to make one.
@@ -99,7 +100,8 @@ pub struct Specialisation {
     pub tile: Tile,
     /// Whether a buffer is added to it.
     pub accumulator: bool,
-    /// Whether blocks of 32 draws (see kernels/philox.cuh) begin where rows of the shard do.
+    /// Whether blocks of 32 draws (see kernels/philox.cuh) begin where rows of the shard do, and the
+    /// upper words of their numbers are all the same.
     pub whole_draws: bool,
     /// Whether the step's scalars are in device memory.
     pub device_step: bool,
@@ -326,10 +328,18 @@ impl Call<'_> {
         Ok(true)
     }
 
+    /// Numbers of the first and the last of the shard's Philox calls, 8 elements each.
+    fn calls(&self) -> (u64, u64) {
+        let Shard { rows, cols, .. } = *self.shard;
+        (self.shard.global_index(0, 0) / 8, self.shard.global_index(rows - 1, cols - 1) / 8)
+    }
+
     fn specialisation(&self, tile: &Tile, segments: usize) -> Specialisation {
         let shard = self.shard;
-        let whole_draws =
-            shard.global_index(0, 0).is_multiple_of(32) && shard.global_cols.is_multiple_of(32);
+        let (first, last) = self.calls();
+        let whole_draws = shard.global_index(0, 0).is_multiple_of(32)
+            && shard.global_cols.is_multiple_of(32)
+            && first >> 32 == last >> 32;
         Specialisation {
             mode: self.mode,
             tile: *tile,
@@ -374,6 +384,7 @@ impl Call<'_> {
             partials: self.reports.partials,
             counter: self.reports.counter,
             method: self.reports.method,
+            draw_high: (self.calls().0 >> 32) as u32 & 0x00FF_FFFF,
         };
         let half = self.scheme.factor_dtype;
         // SAFETY: as promised by the caller: pointers and sizes of the shard and of its factors.

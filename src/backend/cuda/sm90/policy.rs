@@ -112,7 +112,7 @@ fn waves(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
 const OVERRIDE: &str = "FORGE_SM90_TILE";
 
 /// `rows,cols,tokens,stages,chunk_cols,slots,cluster,consumers`.
-fn parse(text: &str) -> Option<Tile> {
+pub fn parse(text: &str) -> Option<Tile> {
     let numbers: Vec<u32> =
         text.split(',').map(|n| n.trim().parse().ok()).collect::<Option<_>>()?;
     let [rows, cols, tokens, stages, chunk_cols, slots, cluster, consumers] = numbers[..] else {
