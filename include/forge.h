@@ -685,7 +685,8 @@ forge_status forge_context_workspace_bytes(const forge_context *context,
 // fail without. On the CPU nothing is needed and nothing happens.
 //
 // # Safety
-// `context` is live; the memory has `workspace.bytes` bytes and nothing else uses it.
+// `context` is live; the memory has `workspace.bytes` bytes and nothing else uses it, work that is
+// still enqueued included.
 forge_status forge_context_set_workspace(forge_context *context,
                                          forge_buffer workspace);
 

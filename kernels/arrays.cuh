@@ -89,7 +89,7 @@ FORGE_DEVICE u32 pair_offset(int j, u32 warp, u32 row, u32 q) {
     constexpr u32 ROW_BYTES = COLS * BYTES;
     const u32 box = static_cast<u32>(j / PER_BOX) * box_bytes(BYTES);
     const int in_box = j % PER_BOX;
-    // Four-byte arrays have rows 0 4 1 5 2 6 3 7 (see `load_chunk`): a pair is half a swizzled unit
+    // Four-byte arrays have rows 0 4 1 5 2 6 3 7 (see `move_chunk`): a pair is half a swizzled unit
     // then, and rows that meet in one access would else share banks.
     const u32 line = warp * 8 + (BYTES == 4 ? (row >> 2) + 2 * (row & 3) : row);
     const u32 byte = BYTES == 4 ? in_box * 32 + q * 8 : (in_box * 8 + q * 2) * BYTES;

@@ -1,7 +1,7 @@
 // The rule over an fp32 gradient that is in memory: a panel of dW, an accumulator, or zeros.
 //
-// A block takes a tile of 64 × 128. It first looks at the whole tile's gradient; if an element is
-// not finite, no weight or state of the tile is touched. Then it goes through the tile 16 rows at a time: a thread has 8 consecutive elements, 16 lanes have a
+// A block takes a tile of 64 × 128. It first looks at the whole tile's gradient; if an element, or
+// its product with grad_scale, is not finite, no weight or state of the tile is touched. Then it goes through the tile 16 rows at a time: a thread has 8 consecutive elements, 16 lanes have a
 // row, which is one q8 block. The loads of a pass are all in flight before its first use.
 #include "formats.cuh"
 #include "philox.cuh"
@@ -357,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {
             squares += static_cast<double>(run.value[i]) * static_cast<double>(run.value[i]);
-            finite = finite && is_finite(run.value[i]);
+            finite = finite && is_finite(__fmul_rn(run.value[i], step.grad_scale));
         }
         waiting[pass][0][threadIdx.x] =
             make_float4(run.value[0], run.value[1], run.value[2], run.value[3]);

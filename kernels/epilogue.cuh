@@ -63,8 +63,7 @@ struct Lane {
     u32 tile_col;
 };
 
-// Σ (scale · dW)² over a lane's part of the tile. Not finite if an element is not, or if squares overflow;
-// with SQUARE_SCALE they cannot.
+// Σ (scale · value)². Not finite if a value is not, or if squares overflow; with SQUARE_SCALE they cannot.
 constexpr float SQUARE_SCALE = 8.4703295e-22f;  // 2^-70
 template <int N>
 FORGE_DEVICE float sum_of_squares(const float (&values)[N], float scale = 1.0f) {
@@ -165,6 +164,18 @@ struct ChunkUpdate {
         }
         return d;
 #endif
+    }
+
+    // A chunk that is left alone goes back as it came. The model weight beside a master did not come: it is
+    // the master, rounded.
+    FORGE_DEVICE void keep(u8* slot) const {
+        if constexpr (WEIGHT == WeightFormat::Bf16F32) {
+#pragma unroll
+            for (int j = 0; j < CHUNK_COLS / 8; ++j) {
+                const float2 w = load_f32x2(slot + array_offset(A_EXTRA) + offset<4>(j));
+                store_u32(slot + array_offset(A_WEIGHT) + offset<2>(j), narrow_bf16x2(w.x, w.y));
+            }
+        }
     }
 
     // `grad`: dW of the lane's pairs. `index`: global index of the chunk's first column in the row.

@@ -65,15 +65,19 @@ FORGE_DEVICE float q8_noise_high(u32 draws) { return bits_to_float(((draws >> 9)
 
 template <bool SIGNED>
 FORGE_DEVICE u32 q8_encode_stochastic(float value, float factor, float noise) {
-    // floor(x + u) is the integer nearest to x + u − 1/2; half a draw more, and there is no tie.
-    constexpr float HALF = 1.5f - 0.5f / 65536.0f;
+    // floor(x + u) is the integer nearest to x + u − 1/2; half a draw more, and there is no tie. The sum's
+    // own rounding may lift the largest entry past the last code, which would wrap around.
+    constexpr float HALF = 1.5f - 0.5f / 65536.0f, MOST = SIGNED ? 127.0f : 255.0f;
     const float root = SIGNED ? fast_sqrt(fabsf(value)) : value;
-    const float position = __fsub_rn(__fmaf_rn(root, factor, noise), HALF);
-    if constexpr (SIGNED)
-        return float_to_bits(__fadd_rn(copysignf(position, position < 0.0f ? -value : value), ROUND_MAGIC + 128.0f));
-    float code = __fadd_rn(position, ROUND_MAGIC);
-    if (value > 0.0f) code = fmaxf(code, ROUND_MAGIC + 1.0f);
-    return float_to_bits(code);
+    const float position = fminf(__fsub_rn(__fmaf_rn(root, factor, noise), HALF), MOST);
+    if constexpr (SIGNED) {
+        // Below zero only by what rounds to zero.
+        return float_to_bits(__fadd_rn(copysignf(fmaxf(position, 0.0f), value), ROUND_MAGIC + 128.0f));
+    } else {
+        float code = __fadd_rn(position, ROUND_MAGIC);
+        if (value > 0.0f) code = fmaxf(code, ROUND_MAGIC + 1.0f);
+        return float_to_bits(code);
+    }
 }
 
 }  // namespace forge

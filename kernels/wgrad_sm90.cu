@@ -322,18 +322,23 @@ struct Squares {
     bool bad = false;
 };
 
-// `values`: dW, or a part of it. For q8, values whose squares would overflow are cut to what does not.
+// `values`: dW, or a part of it. Bad is what is not finite, or would not be after grad_scale. For q8,
+// values whose squares would overflow then are cut to what does not.
 template <int N>
 FORGE_DEVICE void add_squares(Squares& squares, float (&values)[N], float grad_scale) {
     const float sum = sum_of_squares(values);
-    if (sum <= 3.4e38f) {
+    const float limit = fabsf(grad_scale) <= 1.0f ? 3.4e38f : 3.4e38f / (grad_scale * grad_scale);
+    if (sum <= limit) {
         squares.sum += sum;
         return;
     }
-    // A number that is not finite, or squares that overflow fp32.
+    // Something that is not finite, or squares that overflow fp32, or a scale that does it.
     const float scaled = sum_of_squares(values, SQUARE_SCALE);
     squares.sum += static_cast<double>(scaled) / (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
     squares.bad = squares.bad || !(scaled <= 3.4e38f);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        squares.bad = squares.bad || !(fabsf(values[i] * grad_scale) <= LARGEST);
     if constexpr (any_q8()) {
         // 0 · ∞ within a block would be NaN.
         const float most = 1e19f / fmaxf(1.0f, fabsf(grad_scale));
@@ -439,6 +444,7 @@ FORGE_DEVICE void one_chunk(const Params& p, const float (&acc)[REGISTERS], u32 
         const u32 row = lane.tile_row + row_in_tile + lane.warp * 16 + lane.row;
         const u64 index = p.first_index + row * p.global_cols + lane.tile_col + COL;
         if (finite) update.run(slot, grad, index, scales);
+        else update.keep(slot);
     }
     fence_shared_for_tma();
     __syncwarp();

@@ -93,6 +93,8 @@ class Context:
             return
         self.workspace = torch.empty(size[0], dtype=torch.uint8, device=self.device)
         buffer.data, buffer.bytes = ffi.cast("void *", self.workspace.data_ptr()), size[0]
+        # The allocator may give out memory that the stream has yet to be done with.
+        torch.cuda.current_stream(self.device).synchronize()
         check(lib.forge_context_set_workspace(self.handle, buffer[0]), "context")
         self._stream = torch.cuda.current_stream(self.device)
 

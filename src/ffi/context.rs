@@ -113,7 +113,8 @@ pub unsafe extern "C" fn forge_context_workspace_bytes(
 /// fail without. On the CPU nothing is needed and nothing happens.
 ///
 /// # Safety
-/// `context` is live; the memory has `workspace.bytes` bytes and nothing else uses it.
+/// `context` is live; the memory has `workspace.bytes` bytes and nothing else uses it, work that is
+/// still enqueued included.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn forge_context_set_workspace(
     context: *mut forge_context,

@@ -12,9 +12,9 @@ use std::sync::Arc;
 /// An address in device memory.
 pub type DevicePtr = sys::CUdeviceptr;
 
-/// The oldest driver that will do, as `cuDriverGetVersion` counts: 12.0 is the first that knows Hopper's
-/// tensor maps and the module formats of NVRTC 12.
-const OLDEST_DRIVER: i32 = 12000;
+/// The oldest driver that will do, as `cuDriverGetVersion` counts: 12.1 is the first that knows Hopper's
+/// tensor maps and takes more than 4 KiB of kernel parameters.
+const OLDEST_DRIVER: i32 = 12010;
 
 /// Turns a driver call's result into an error with the call's name and CUDA's own text.
 pub fn check(call: &str, result: CUresult) -> Result<()> {

@@ -35,6 +35,7 @@ use elementwise::Gradient;
 use gpu::Gpu;
 use parameters::{KernelNorm, KernelReport, KernelStep, Region};
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use workspace::{MOST_PARTIALS, PANEL_BYTES, TOTAL_BYTES, Workspace};
 
 /// `FORGE_NORM_TILES`.
@@ -43,12 +44,15 @@ const TILES: u32 = crate::ffi::enums::forge_norm_method::FORGE_NORM_TILES as u32
 /// A GPU.
 pub struct Cuda {
     gpu: Gpu,
+    /// Held while a call enqueues its launches: they share the workspace, and those of another thread must
+    /// not come between them.
+    enqueueing: Mutex<()>,
 }
 
 impl Cuda {
     /// The GPU of this ordinal. Compiled kernels are kept in `cache_dir`, or where [`cache::Cache`] says.
     pub fn new(device: i32, cache_dir: Option<PathBuf>) -> Result<Self> {
-        Ok(Self { gpu: Gpu::new(device, cache_dir)? })
+        Ok(Self { gpu: Gpu::new(device, cache_dir)?, enqueueing: Mutex::default() })
     }
 }
 
@@ -69,16 +73,22 @@ struct Partials {
 impl Partials {
     /// Room for `more`.
     fn take(&mut self, more: u64) -> Result<DevicePtr> {
-        if self.count + more > MOST_PARTIALS {
-            bail!(
-                FORGE_ERROR_UNSUPPORTED,
-                "shape: more than {MOST_PARTIALS} tiles; shard the weight further"
-            );
-        }
+        check_partials(self.count + more)?;
         let at = self.base + 16 * self.count;
         self.count += more;
         Ok(at)
     }
+}
+
+/// Refuses more tiles than there is room for.
+fn check_partials(tiles: u64) -> Result<()> {
+    if tiles > MOST_PARTIALS {
+        bail!(
+            FORGE_ERROR_UNSUPPORTED,
+            "shape: {tiles} tiles, more than {MOST_PARTIALS}; shard the weight further"
+        );
+    }
+    Ok(())
 }
 
 /// The panels of a shard: rows a multiple of 128, columns too where a row does not fit.
@@ -179,7 +189,10 @@ impl Cuda {
         stream: Stream,
         mut consume: impl FnMut(Region, Plane) -> Result<()>,
     ) -> Result<()> {
-        for region in panels(shard) {
+        let panels = panels(shard);
+        // Before the first panel, so that no weight is updated in part.
+        check_partials(panels.iter().map(Region::tiles).sum())?;
+        for region in panels {
             let stride = (region.cols as usize).next_multiple_of(4);
             let panel = Plane { data: workspace.panel, stride };
             let addend = accumulator.map(|a| plane_of(a, shard, region));
@@ -189,6 +202,11 @@ impl Cuda {
             consume(region, panel)?;
         }
         Ok(())
+    }
+
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        // Nothing is left half-written by a panic while it was held.
+        self.enqueueing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the fused kernel may be asked.
@@ -248,6 +266,7 @@ impl Backend for Cuda {
     ) -> Result<Option<Report>> {
         let gpu = &self.gpu;
         let workspace = gpu.workspace.get()?;
+        let _alone = self.alone();
         let _entered = gpu.device.enter()?;
         let mut partials = Partials { base: workspace.partials, count: 0 };
         // SAFETY: as promised by the caller.
@@ -323,6 +342,7 @@ impl Backend for Cuda {
         stream: Stream,
     ) -> Result<()> {
         let workspace = self.gpu.workspace.get()?;
+        let _alone = self.alone();
         let _entered = self.gpu.device.enter()?;
         // SAFETY: as promised by the caller.
         unsafe {
@@ -350,6 +370,7 @@ impl Backend for Cuda {
     ) -> Result<Option<Norm>> {
         let gpu = &self.gpu;
         let workspace = gpu.workspace.get()?;
+        let _alone = self.alone();
         let _entered = gpu.device.enter()?;
         let mut partials = Partials { base: workspace.partials, count: 0 };
         // SAFETY: as promised by the caller.
@@ -404,6 +425,7 @@ impl Backend for Cuda {
             return Ok(());
         }
         let workspace = self.gpu.workspace.get()?;
+        let _alone = self.alone();
         let _entered = self.gpu.device.enter()?;
         let (dtype, weight_dtype) = (scheme.factor_dtype, scheme.weight_format.model_dtype());
         let (dy_data, w, dx) = (dy.data as DevicePtr, weight as DevicePtr, dx as DevicePtr);
