@@ -18,6 +18,7 @@ from gpu_cases import (
     product,
     reference,
     storage_error,
+    tensors,
     to_cpu,
     to_gpu,
 )
@@ -157,7 +158,7 @@ def test_adversarial_factors(case, kind):
     _check(case, rows, cols, to_gpu([Segment.of(segment.dy, segment.x)]))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[8]], ids=str)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_nonfinite_factor_leaves_its_tiles_alone(case, value):
     """The tiles concerned keep every bit and are counted; all others are as without it."""
@@ -190,6 +191,45 @@ def test_a_nonfinite_factor_leaves_its_tiles_alone(case, value):
         row = (state == clean_state).view(rows, -1).all(1) | (state == old).view(rows, -1).all(1)
         assert row.all()
         assert torch.equal(state[700], old[700])
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+def test_a_nonfinite_buffer_leaves_its_elements_alone(case):
+    """The same where the non-finite number comes from the buffer that is added to the product."""
+    rows, cols = 512, 512
+    (segment,) = _segments(case, rows, cols, [128])
+    linear = linear_on(DEVICE, case.spec(rows, cols))
+    buffer = torch.zeros(rows, cols, device=DEVICE)
+    buffer[100, 200] = float("nan")
+    storage, untouched = initial(linear), initial(linear)
+    report = linear.update(
+        to_gpu([segment]), storage, linear.scalars({}, step=2, seed=3), accumulator=buffer
+    )
+    assert 0 < report.nonfinite_tiles < report.tiles
+    for now, before in zip(tensors(storage), tensors(untouched), strict=True):
+        assert now[100, 200] == before[100, 200]
+    changed = linear.export_weight(storage) != linear.export_weight(untouched)
+    assert changed.float().mean() > 0.4, "more than the tiles concerned was left alone"
+    assert linear.export_weight(storage).isfinite().all()
+    assert storage.weight.isfinite().all()
+
+
+def test_the_largest_of_a_q8_block_never_wraps_around():
+    """Rounding by chance takes no second moment to 0 and turns no first moment's sign."""
+    case, rows, cols = Case("adamw", "bf16", "q8"), 4096, 4096
+    linear = linear_on(DEVICE, case.spec(rows, cols))
+    storage = initial(linear)
+    ones = torch.ones(rows, cols, device=DEVICE)
+    # Equal magnitudes: every element is the largest of its block, at every draw there is.
+    for step in range(1, 5):
+        linear.update([], storage, linear.scalars({}, step=step, seed=step), accumulator=ones)
+        linear.import_state(storage, 0, ones)
+        linear.import_state(storage, 1, ones)
+        dy = torch.full((1, rows), 1.0, dtype=torch.bfloat16, device=DEVICE)
+        x = torch.full((1, cols), 1.0, dtype=torch.bfloat16, device=DEVICE)
+        linear.update([Segment.of(dy, x)], storage, linear.scalars({}, step=step, seed=step))
+        first, second = linear.export_state(storage, 0), linear.export_state(storage, 1)
+        assert (first > 0.9).all() and (second > 0.9).all()
 
 
 TWO_PHASE = [*CASES, Case("adam", "bf16", "bf16"), Case("sgd", "bf16", "fp32")]
