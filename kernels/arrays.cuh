@@ -1,9 +1,9 @@
 // Which arrays a specialisation streams beside dW, and how their tiles lie in shared memory.
 //
-// The unit of streaming is a chunk: of a warpgroup's tile, CHUNK_COLS columns of 32 rows, namely 8 of
-// every 16: those that the lanes of one accumulator register row hold (row = lane/4, or 8 more). Each
-// array's part of a chunk is one or more TMA boxes, swizzled so that the quads of a warp, which
-// read 8 rows at 4 pairs of columns, meet no bank twice.
+// The unit of streaming is a chunk: of a warpgroup's tile, CHUNK_COLS columns of 32 rows, namely 8
+// of every 16: those that the lanes of one accumulator register row hold (row = lane/4, or 8 more).
+// Each array's part of a chunk is one or more TMA boxes, swizzled so that the quads of a warp,
+// which read 8 rows at 4 pairs of columns, meet no bank twice.
 #pragma once
 #include "prelude.cuh"
 
@@ -29,7 +29,7 @@ constexpr int N_STATES = FORGE_N_STATES;
 enum Array { A_WEIGHT = 0, A_EXTRA = 1, A_STATE0 = 2, A_ACCUMULATOR = 5, N_ARRAYS = 6 };
 
 struct ArraySpec {
-    int bytes;  // of an element; 0: absent
+    int bytes; // of an element; 0: absent
     bool loads, stores;
 };
 
@@ -37,8 +37,10 @@ constexpr ArraySpec array_spec(int array) {
     const bool update = MODE == Mode::Update;
     if (array == A_WEIGHT && update)
         return {WEIGHT == WeightFormat::F32 ? 4 : 2, WEIGHT != WeightFormat::Bf16F32, true};
-    if (array == A_EXTRA && update && WEIGHT == WeightFormat::Bf16F32) return {4, true, true};
-    if (array == A_EXTRA && update && WEIGHT == WeightFormat::Bf16Low16) return {2, true, true};
+    if (array == A_EXTRA && update && WEIGHT == WeightFormat::Bf16F32)
+        return {4, true, true};
+    if (array == A_EXTRA && update && WEIGHT == WeightFormat::Bf16Low16)
+        return {2, true, true};
     if (array >= A_STATE0 && array < A_STATE0 + N_STATES && update) {
         const StateFormat format = STATE[array - A_STATE0];
         return {format == StateFormat::F32 ? 4 : format == StateFormat::Bf16 ? 2 : 1, true, true};
@@ -65,14 +67,17 @@ constexpr int array_bytes(int array) { return CHUNK_ROWS * CHUNK_COLS * array_sp
 // Of an array's part within a slot.
 constexpr int array_offset(int array) {
     int offset = 0;
-    for (int i = 0; i < array; ++i) offset += array_bytes(i);
+    for (int i = 0; i < array; ++i)
+        offset += array_bytes(i);
     return offset;
 }
 constexpr int SLOT_BYTES = array_offset(N_ARRAYS);
 constexpr int loaded_bytes() {
     int bytes = 0;
-    for (int i = 0; i < N_ARRAYS; ++i) bytes += array_spec(i).loads ? array_bytes(i) : 0;
-    for (int i = 0; i < 3; ++i) bytes += is_q8(i) ? CHUNK_ROWS * 4 : 0;
+    for (int i = 0; i < N_ARRAYS; ++i)
+        bytes += array_spec(i).loads ? array_bytes(i) : 0;
+    for (int i = 0; i < 3; ++i)
+        bytes += is_q8(i) ? CHUNK_ROWS * 4 : 0;
     return bytes;
 }
 // Of each q8 state the scales of a chunk's rows, outside the slots, whose parts are swizzled.
@@ -83,8 +88,7 @@ constexpr bool STREAMS = SLOT_BYTES > 0;
 
 // Where in an array's part of a slot the pair of columns (8·j + 2·q, + 1) of a lane's row lies.
 // `warp` 0..3 and `row` 0..7 say which of the chunk's rows, `q` is the lane in its quad.
-template <int BYTES>
-FORGE_DEVICE u32 pair_offset(int j, u32 warp, u32 row, u32 q) {
+template <int BYTES> FORGE_DEVICE u32 pair_offset(int j, u32 warp, u32 row, u32 q) {
     constexpr int COLS = box_cols(BYTES), PER_BOX = COLS / 8;
     constexpr u32 ROW_BYTES = COLS * BYTES;
     const u32 box = static_cast<u32>(j / PER_BOX) * box_bytes(BYTES);
@@ -99,4 +103,4 @@ FORGE_DEVICE u32 pair_offset(int j, u32 warp, u32 row, u32 q) {
     return box + (linear ^ (((linear >> 7) & MASK) << 4));
 }
 
-}  // namespace forge
+} // namespace forge

@@ -1,7 +1,8 @@
 // The rule over an fp32 gradient that is in memory: a panel of dW, an accumulator, or zeros.
 //
 // A block takes a tile of 64 × 128. It first looks at the whole tile's gradient; if an element, or
-// its product with grad_scale, is not finite, no weight or state of the tile is touched. Then it goes through the tile 16 rows at a time: a thread has 8 consecutive elements, 16 lanes have a
+// its product with grad_scale, is not finite, no weight or state of the tile is touched. Then it
+// goes through the tile 16 rows at a time: a thread has 8 consecutive elements, 16 lanes have a
 // row, which is one q8 block. The loads of a pass are all in flight before its first use.
 #include "formats.cuh"
 #include "philox.cuh"
@@ -220,8 +221,8 @@ template <int K> FORGE_DEVICE float state_value(const StateRun &run, int i) {
     if constexpr (STATE_FORMAT[K] == BF16)
         return formats::widen_bf16(run.half.value[i]);
     if constexpr (STATE_FORMAT[K] == Q8)
-        return q8_decode<STATE_SIGNED<K>>(
-            BYTE_MAGIC | run.codes.value[i], q8_decode_factor<STATE_SIGNED<K>>(run.scale));
+        return q8_decode<STATE_SIGNED<K>>(BYTE_MAGIC | run.codes.value[i],
+                                          q8_decode_factor<STATE_SIGNED<K>>(run.scale));
     return run.full.value[i];
 }
 

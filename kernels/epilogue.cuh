@@ -1,5 +1,5 @@
-// What happens to a warpgroup's tile of dW in registers: the non-finite guard, the sum of squares, and the
-// rule over its weights and states, which stream through shared memory chunk by chunk.
+// What happens to a warpgroup's tile of dW in registers: the non-finite guard, the sum of squares,
+// and the rule over its weights and states, which stream through shared memory chunk by chunk.
 #pragma once
 #include "arrays.cuh"
 #include "philox.cuh"
@@ -26,16 +26,18 @@ FORGE_DEVICE u32 narrow_bf16x2_stochastic(float x, float y, u32 draws, u32 mask)
     return __byte_perm(a, b, 0x7632);
 }
 // Adding bits must not turn the largest finite numbers into infinities, nor a NaN into a zero. Some
-// values at a time: all bits set, or none where one of them is that large or not finite. `magnitudes`:
-// their sum, which is no smaller than the largest.
-FORGE_DEVICE u32 rounding_mask(float magnitudes) { return magnitudes <= 3.3e38f ? 0xFFFFFFFFu : 0u; }
-
-FORGE_DEVICE float2 load_f32x2(const u8* p) { return *reinterpret_cast<const float2*>(p); }
-FORGE_DEVICE u32 load_u32(const u8* p) { return *reinterpret_cast<const u32*>(p); }
-FORGE_DEVICE void store_f32x2(u8* p, float x, float y) {
-    *reinterpret_cast<float2*>(p) = make_float2(x, y);
+// values at a time: all bits set, or none where one of them is that large or not finite.
+// `magnitudes`: their sum, which is no smaller than the largest.
+FORGE_DEVICE u32 rounding_mask(float magnitudes) {
+    return magnitudes <= 3.3e38f ? 0xFFFFFFFFu : 0u;
 }
-FORGE_DEVICE void store_u32(u8* p, u32 v) { *reinterpret_cast<u32*>(p) = v; }
+
+FORGE_DEVICE float2 load_f32x2(const u8 *p) { return *reinterpret_cast<const float2 *>(p); }
+FORGE_DEVICE u32 load_u32(const u8 *p) { return *reinterpret_cast<const u32 *>(p); }
+FORGE_DEVICE void store_f32x2(u8 *p, float x, float y) {
+    *reinterpret_cast<float2 *>(p) = make_float2(x, y);
+}
+FORGE_DEVICE void store_u32(u8 *p, u32 v) { *reinterpret_cast<u32 *>(p) = v; }
 
 // Upper and lower halves to the fp32 they were split from: format::bf16::join.
 FORGE_DEVICE float join_halves(u32 upper_lower) {
@@ -43,8 +45,8 @@ FORGE_DEVICE float join_halves(u32 upper_lower) {
 }
 
 struct Q8Row {
-    float decode;   // of the stored codes: q8_decode_factor
-    float largest;  // of the new values: |m|, or sqrt(v)
+    float decode;  // of the stored codes: q8_decode_factor
+    float largest; // of the new values: |m|, or sqrt(v)
 };
 
 FORGE_DEVICE float quad_maximum(float x) {
@@ -56,17 +58,17 @@ FORGE_DEVICE float quad_maximum(float x) {
 
 // A lane's place in the tile and what it needs of the launch.
 struct Lane {
-    u32 warp;      // 0..3 in the warpgroup
-    u32 row;       // lane/4: of 8
-    u32 q;         // lane%4: which pair of 8 columns
-    u32 tile_row;  // of W here
+    u32 warp;     // 0..3 in the warpgroup
+    u32 row;      // lane/4: of 8
+    u32 q;        // lane%4: which pair of 8 columns
+    u32 tile_row; // of W here
     u32 tile_col;
 };
 
-// Σ (scale · value)². Not finite if a value is not, or if squares overflow; with SQUARE_SCALE they cannot.
-constexpr float SQUARE_SCALE = 8.4703295e-22f;  // 2^-70
-template <int N>
-FORGE_DEVICE float sum_of_squares(const float (&values)[N], float scale = 1.0f) {
+// Σ (scale · value)². Not finite if a value is not, or if squares overflow; with SQUARE_SCALE they
+// cannot.
+constexpr float SQUARE_SCALE = 8.4703295e-22f; // 2^-70
+template <int N> FORGE_DEVICE float sum_of_squares(const float (&values)[N], float scale = 1.0f) {
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -76,20 +78,19 @@ FORGE_DEVICE float sum_of_squares(const float (&values)[N], float scale = 1.0f) 
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The rule over one chunk of a lane's row: CHUNK_COLS columns, a pair of every eight. Reads the arrays from a
-// slot and writes them back to it.
+// The rule over one chunk of a lane's row: CHUNK_COLS columns, a pair of every eight. Reads the
+// arrays from a slot and writes them back to it.
 struct ChunkUpdate {
-    const StepScalars& step;
-    const RoundKeys& keys;
-    const Lane& lane;
-    u32 draw_high;  // upper word of all calls' counters
+    const StepScalars &step;
+    const RoundKeys &keys;
+    const Lane &lane;
+    u32 draw_high; // upper word of all calls' counters
 
-    template <int BYTES>
-    FORGE_DEVICE u32 offset(int j) const {
+    template <int BYTES> FORGE_DEVICE u32 offset(int j) const {
         return pair_offset<BYTES>(j, lane.warp, lane.row, lane.q);
     }
 
-    FORGE_DEVICE float2 load_weight(const u8* slot, int j) const {
+    FORGE_DEVICE float2 load_weight(const u8 *slot, int j) const {
         if constexpr (WEIGHT == WeightFormat::F32) {
             return load_f32x2(slot + array_offset(A_WEIGHT) + offset<4>(j));
         } else if constexpr (WEIGHT == WeightFormat::Bf16) {
@@ -104,7 +105,7 @@ struct ChunkUpdate {
         }
     }
 
-    FORGE_DEVICE void store_weight(u8* slot, int j, float2 w, u32 draws, u32 mask) const {
+    FORGE_DEVICE void store_weight(u8 *slot, int j, float2 w, u32 draws, u32 mask) const {
         if constexpr (WEIGHT == WeightFormat::F32) {
             store_f32x2(slot + array_offset(A_WEIGHT) + offset<4>(j), w.x, w.y);
         } else if constexpr (WEIGHT == WeightFormat::Bf16) {
@@ -123,23 +124,23 @@ struct ChunkUpdate {
         }
     }
 
-    template <int S>
-    FORGE_DEVICE float2 load_state(const u8* slot, int j, float decode) const {
-        const u8* part = slot + array_offset(A_STATE0 + S);
+    template <int S> FORGE_DEVICE float2 load_state(const u8 *slot, int j, float decode) const {
+        const u8 *part = slot + array_offset(A_STATE0 + S);
         if constexpr (STATE[S] == StateFormat::F32) {
             return load_f32x2(part + offset<4>(j));
         } else if constexpr (STATE[S] == StateFormat::Bf16) {
             return widen_bf16x2(load_u32(part + offset<2>(j)));
         } else {
-            const u32 codes = *reinterpret_cast<const u16*>(part + offset<1>(j));
-            return make_float2(q8_decode<SIGNED[S]>(__byte_perm(codes, BYTE_MAGIC, 0x7440), decode),
-                               q8_decode<SIGNED[S]>(__byte_perm(codes, BYTE_MAGIC, 0x7441), decode));
+            const u32 codes = *reinterpret_cast<const u16 *>(part + offset<1>(j));
+            return make_float2(
+                q8_decode<SIGNED[S]>(__byte_perm(codes, BYTE_MAGIC, 0x7440), decode),
+                q8_decode<SIGNED[S]>(__byte_perm(codes, BYTE_MAGIC, 0x7441), decode));
         }
     }
 
     template <int S>
-    FORGE_DEVICE void store_state(u8* slot, int j, float x, float y, u32 draws, u32 mask) const {
-        u8* part = slot + array_offset(A_STATE0 + S);
+    FORGE_DEVICE void store_state(u8 *slot, int j, float x, float y, u32 draws, u32 mask) const {
+        u8 *part = slot + array_offset(A_STATE0 + S);
         if constexpr (STATE[S] == StateFormat::F32) {
             store_f32x2(part + offset<4>(j), x, y);
         } else if constexpr (STATE[S] == StateFormat::Bf16) {
@@ -150,7 +151,8 @@ struct ChunkUpdate {
     }
 
     // The draws of 32 columns: word j for the pair (8·j + 2·q, + 1).
-    // `index`: of the lane's row at the chunk's first column; `group`: which 32 columns of the chunk.
+    // `index`: of the lane's row at the chunk's first column; `group`: which 32 columns of the
+    // chunk.
     FORGE_DEVICE Draws draws(Stream stream, u64 index, u32 group) const {
 #if FORGE_DRAWS_ALIGNED
         const u32 call = static_cast<u32>(index / 32 * 4) + lane.q + 4 * group;
@@ -166,9 +168,9 @@ struct ChunkUpdate {
 #endif
     }
 
-    // A chunk that is left alone goes back as it came. The model weight beside a master did not come: it is
-    // the master, rounded.
-    FORGE_DEVICE void keep(u8* slot) const {
+    // A chunk that is left alone goes back as it came. The model weight beside a master did not
+    // come: it is the master, rounded.
+    FORGE_DEVICE void keep(u8 *slot) const {
         if constexpr (WEIGHT == WeightFormat::Bf16F32) {
 #pragma unroll
             for (int j = 0; j < CHUNK_COLS / 8; ++j) {
@@ -180,8 +182,8 @@ struct ChunkUpdate {
 
     // `grad`: dW of the lane's pairs. `index`: global index of the chunk's first column in the row.
     // `scales`: of the row's q8 blocks, in shared memory.
-    FORGE_DEVICE void run(u8* slot, const float (&grad)[CHUNK_COLS / 4], u64 index,
-                          float* const (&scales)[3]) {
+    FORGE_DEVICE void run(u8 *slot, const float (&grad)[CHUNK_COLS / 4], u64 index,
+                          float *const (&scales)[3]) {
         constexpr int PAIRS = CHUNK_COLS / 8;
         Q8Row q8[3];
         // q8 states wait here until their block's maximum is known.
@@ -190,7 +192,8 @@ struct ChunkUpdate {
 #pragma unroll
         for (int s = 0; s < N_STATES; ++s) {
             const float scale = STATE[s] == StateFormat::Q8 ? *scales[s] : 0.0f;
-            q8[s].decode = SIGNED[s] ? q8_decode_factor<true>(scale) : q8_decode_factor<false>(scale);
+            q8[s].decode =
+                SIGNED[s] ? q8_decode_factor<true>(scale) : q8_decode_factor<false>(scale);
             q8[s].largest = 0.0f;
         }
 #pragma unroll
@@ -207,7 +210,8 @@ struct ChunkUpdate {
                     state_draws[2] = draws(Stream::State2, index, group);
             }
             // Pairs that are worked on together: more hide latency, fewer leave registers to q8.
-            constexpr int TOGETHER = any_q8() || (FORGE_STATE_STOCHASTIC && FORGE_TILE_COLS > 128) ? 2 : 4;
+            constexpr int TOGETHER =
+                any_q8() || (FORGE_STATE_STOCHASTIC && FORGE_TILE_COLS > 128) ? 2 : 4;
 #pragma unroll
             for (int begin = 0; begin < 4; begin += TOGETHER) {
                 float2 w[4], s[3][4];
@@ -216,9 +220,12 @@ struct ChunkUpdate {
                 for (int p = begin; p < begin + TOGETHER; ++p) {
                     const int j = 4 * group + p;
                     w[p] = load_weight(slot, j);
-                    if constexpr (N_STATES > 0) s[0][p] = load_state<0>(slot, j, q8[0].decode);
-                    if constexpr (N_STATES > 1) s[1][p] = load_state<1>(slot, j, q8[1].decode);
-                    if constexpr (N_STATES > 2) s[2][p] = load_state<2>(slot, j, q8[2].decode);
+                    if constexpr (N_STATES > 0)
+                        s[0][p] = load_state<0>(slot, j, q8[0].decode);
+                    if constexpr (N_STATES > 1)
+                        s[1][p] = load_state<1>(slot, j, q8[1].decode);
+                    if constexpr (N_STATES > 2)
+                        s[2][p] = load_state<2>(slot, j, q8[2].decode);
                     const float2 g = make_float2(grad[2 * j], grad[2 * j + 1]);
                     float sx[3], sy[3];
 #pragma unroll
@@ -232,10 +239,12 @@ struct ChunkUpdate {
                     for (int i = 0; i < N_STATES; ++i) {
                         s[i][p] = make_float2(sx[i], sy[i]);
                         if (FORGE_STATE_STOCHASTIC && STATE[i] == StateFormat::Bf16)
-                            state_magnitudes[i] = (state_magnitudes[i] + fabsf(sx[i])) + fabsf(sy[i]);
+                            state_magnitudes[i] =
+                                (state_magnitudes[i] + fabsf(sx[i])) + fabsf(sy[i]);
                         if (STATE[i] == StateFormat::Q8) {
-                            const float2 v = SIGNED[i] ? s[i][p]
-                                                       : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
+                            const float2 v =
+                                SIGNED[i] ? s[i][p]
+                                          : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
                             q8[i].largest = fmaxf(q8[i].largest, fmaxf(fabsf(v.x), fabsf(v.y)));
                             kept[i][2 * j] = v.x;
                             kept[i][2 * j + 1] = v.y;
@@ -247,17 +256,21 @@ struct ChunkUpdate {
                 const u32 mask = rounding_mask(magnitudes);
                 u32 state_mask[3];
 #pragma unroll
-                for (int i = 0; i < 3; ++i) state_mask[i] = rounding_mask(state_magnitudes[i]);
+                for (int i = 0; i < 3; ++i)
+                    state_mask[i] = rounding_mask(state_magnitudes[i]);
 #pragma unroll
                 for (int p = begin; p < begin + TOGETHER; ++p) {
                     const int j = 4 * group + p;
                     store_weight(slot, j, w[p], weight_draws.word[p], mask);
                     if constexpr (N_STATES > 0)
-                        store_state<0>(slot, j, s[0][p].x, s[0][p].y, state_draws[0].word[p], state_mask[0]);
+                        store_state<0>(slot, j, s[0][p].x, s[0][p].y, state_draws[0].word[p],
+                                       state_mask[0]);
                     if constexpr (N_STATES > 1)
-                        store_state<1>(slot, j, s[1][p].x, s[1][p].y, state_draws[1].word[p], state_mask[1]);
+                        store_state<1>(slot, j, s[1][p].x, s[1][p].y, state_draws[1].word[p],
+                                       state_mask[1]);
                     if constexpr (N_STATES > 2)
-                        store_state<2>(slot, j, s[2][p].x, s[2][p].y, state_draws[2].word[p], state_mask[2]);
+                        store_state<2>(slot, j, s[2][p].x, s[2][p].y, state_draws[2].word[p],
+                                       state_mask[2]);
                 }
             }
         }
@@ -273,18 +286,20 @@ struct ChunkUpdate {
 
     // A quad's row of 128 columns is one block; the host takes this path for whole blocks only.
     template <int S, int KEPT>
-    FORGE_DEVICE void encode(u8* slot, float (&values)[KEPT], float largest, float* scale, u64 index) const {
+    FORGE_DEVICE void encode(u8 *slot, float (&values)[KEPT], float largest, float *scale,
+                             u64 index) const {
         static_assert(CHUNK_COLS == 128, "a chunk holds whole q8 blocks");
         constexpr bool CODE = SIGNED[S];
         largest = fminf(quad_maximum(largest), CODE ? LARGEST : LARGEST_ROOT);
         const float factor = q8_encode_factor<CODE>(largest);
-        u8* part = slot + array_offset(A_STATE0 + S);
+        u8 *part = slot + array_offset(A_STATE0 + S);
 #pragma unroll
         for (int group = 0; group < KEPT / 8; ++group) {
             Draws random{};
             // Drawn again rather than kept: registers are what is short.
             if constexpr (FORGE_STATE_STOCHASTIC)
-                random = draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index, group);
+                random =
+                    draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index, group);
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
                 const int j = 4 * group + p;
@@ -297,12 +312,14 @@ struct ChunkUpdate {
                     x = q8_encode<CODE>(values[2 * j], factor);
                     y = q8_encode<CODE>(values[2 * j + 1], factor);
                 }
-                *reinterpret_cast<u16*>(part + offset<1>(j)) = static_cast<u16>(__byte_perm(x, y, 0x0040));
+                *reinterpret_cast<u16 *>(part + offset<1>(j)) =
+                    static_cast<u16>(__byte_perm(x, y, 0x0040));
             }
         }
         __syncwarp();
-        if (lane.q == 0) *scale = q8_stored_scale(largest);
+        if (lane.q == 0)
+            *scale = q8_stored_scale(largest);
     }
 };
 
-}  // namespace forge
+} // namespace forge

@@ -35,8 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const void *data = IS_WEIGHT ? arrays.weight : arrays.states[k];
     float factor = 0.0f;
     if (IS_Q8)
-        factor = q8_decode_factor<SIGNED>(
-            arrays.scales[k][shard.scale_at(place.row, place.col)]);
+        factor = q8_decode_factor<SIGNED>(arrays.scales[k][shard.scale_at(place.row, place.col)]);
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
         const u64 col = place.col + threadIdx.x % 32 + 32 * i, at = shard.at(place.row, col);

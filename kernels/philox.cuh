@@ -9,7 +9,7 @@
 namespace forge {
 
 struct Draws {
-    u32 word[4];  // word j: elements 8j + 2q and 8j + 2q + 1 of the block of 32
+    u32 word[4]; // word j: elements 8j + 2q and 8j + 2q + 1 of the block of 32
 };
 
 FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
@@ -32,7 +32,7 @@ struct RoundKeys {
     u32 key[10][2];
 };
 
-FORGE_DEVICE RoundKeys round_keys(const StepScalars& s) {
+FORGE_DEVICE RoundKeys round_keys(const StepScalars &s) {
     RoundKeys keys;
     for (u32 round = 0; round < 10; ++round) {
         keys.key[round][0] = s.key[0] + round * 0x9E3779B9u;
@@ -41,7 +41,7 @@ FORGE_DEVICE RoundKeys round_keys(const StepScalars& s) {
     return keys;
 }
 
-FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys& keys) {
+FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys &keys) {
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
         const u64 p0 = static_cast<u64>(0xD2511F53u) * c0;
@@ -54,40 +54,46 @@ FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys
     return {{c0, c1, c2, c3}};
 }
 
-// Weight and the first two states draw from one call: other bytes decide, and any two of the three are
-// independent in their upper 8 bits. The third state has calls of its own.
+// Weight and the first two states draw from one call: other bytes decide, and any two of the three
+// are independent in their upper 8 bits. The third state has calls of its own.
 enum class Stream : u32 { Weight = 0, State0 = 1, State1 = 2, State2 = 3 };
 
 FORGE_DEVICE u32 stream_bits(Stream stream, u32 word) {
-    if (stream == Stream::State0) return __byte_perm(word, 0, 0x2301);
-    if (stream == Stream::State1) return word ^ ((word << 8) & 0xFF00FF00u);
+    if (stream == Stream::State0)
+        return __byte_perm(word, 0, 0x2301);
+    if (stream == Stream::State1)
+        return word ^ ((word << 8) & 0xFF00FF00u);
     return word;
 }
 FORGE_DEVICE Draws stream_draws(Stream stream, Draws d) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) d.word[j] = stream_bits(stream, d.word[j]);
+    for (int j = 0; j < 4; ++j)
+        d.word[j] = stream_bits(stream, d.word[j]);
     return d;
 }
 FORGE_DEVICE u32 counter_high(Stream stream, u64 group) {
-    return (static_cast<u32>(group >> 32) & 0x00FFFFFFu) | (stream == Stream::State2 ? 3u << 24 : 0u);
+    return (static_cast<u32>(group >> 32) & 0x00FFFFFFu) |
+           (stream == Stream::State2 ? 3u << 24 : 0u);
 }
 
 // The call of (block of 32 elements, lane q of 0..3).
-FORGE_DEVICE Draws draw_call(const StepScalars& s, Stream stream, u64 block, u32 q) {
+FORGE_DEVICE Draws draw_call(const StepScalars &s, Stream stream, u64 block, u32 q) {
     const u64 group = block * 4 + q;
-    return stream_draws(stream, philox4x32_10(static_cast<u32>(group), counter_high(stream, group), s.step,
-                                              s.seed_high, s.key[0], s.key[1]));
+    return stream_draws(stream, philox4x32_10(static_cast<u32>(group), counter_high(stream, group),
+                                              s.step, s.seed_high, s.key[0], s.key[1]));
 }
 
 // The same from the call's number, where the upper word of all numbers is the same: then the first
 // round and half of the second are the same for all lanes.
-FORGE_DEVICE Draws draw_call(const StepScalars& s, const RoundKeys& keys, Stream stream, u32 call, u32 high) {
-    if (stream == Stream::State2) high |= 3u << 24;
+FORGE_DEVICE Draws draw_call(const StepScalars &s, const RoundKeys &keys, Stream stream, u32 call,
+                             u32 high) {
+    if (stream == Stream::State2)
+        high |= 3u << 24;
     return stream_draws(stream, philox4x32_10(call, high, s.step, s.seed_high, keys));
 }
 
 // The 16 bits of one element, at the price of a call each: for elements that share no block.
-FORGE_DEVICE u32 draw_one(const StepScalars& s, Stream stream, u64 index) {
+FORGE_DEVICE u32 draw_one(const StepScalars &s, Stream stream, u64 index) {
     const Draws d = draw_call(s, stream, index / 32, (static_cast<u32>(index) & 7u) / 2);
     const u32 j = (static_cast<u32>(index) & 31u) / 8;
     const u32 low = j & 1 ? d.word[1] : d.word[0];
@@ -96,4 +102,4 @@ FORGE_DEVICE u32 draw_one(const StepScalars& s, Stream stream, u64 index) {
     return (word >> (16 * (static_cast<u32>(index) & 1u))) & 0xFFFFu;
 }
 
-}  // namespace forge
+} // namespace forge

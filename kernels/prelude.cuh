@@ -1,4 +1,5 @@
-// What every kernel starts with. NVRTC compiles these sources alone: no header of a toolkit is needed.
+// What every kernel starts with. NVRTC compiles these sources alone: no header of a toolkit is
+// needed.
 #pragma once
 
 namespace forge {
@@ -10,17 +11,15 @@ using u64 = unsigned long long;
 using i32 = int;
 using i64 = long long;
 
-static_assert(sizeof(u64) == 8 && sizeof(void*) == 8, "64-bit only");
+static_assert(sizeof(u64) == 8 && sizeof(void *) == 8, "64-bit only");
 
 #define FORGE_DEVICE __device__ __forceinline__
 
-template <int N>
-struct Constant {
+template <int N> struct Constant {
     static constexpr int value = N;
 };
 // Calls f(Constant<0>), ..., f(Constant<N - 1>): a loop whose index is a template argument.
-template <int N, int I = 0, class F>
-FORGE_DEVICE void for_constants(F&& f) {
+template <int N, int I = 0, class F> FORGE_DEVICE void for_constants(F &&f) {
     if constexpr (I < N) {
         f(Constant<I>{});
         for_constants<N, I + 1>(f);
@@ -29,31 +28,32 @@ FORGE_DEVICE void for_constants(F&& f) {
 
 // The scalars of a step in the form the tiles use; `backend::Step` on the host side.
 struct StepScalars {
-    float constants[16];  // of the rule
-    float grad_scale;     // multiplies dW; carries the sign of `maximize`
-    u32 key[2];           // Philox key: seed (low), parameter id
-    u32 step;             // Philox counter word 2
-    u32 seed_high;        // Philox counter word 3
+    float constants[16]; // of the rule
+    float grad_scale;    // multiplies dW; carries the sign of `maximize`
+    u32 key[2];          // Philox key: seed (low), parameter id
+    u32 step;            // Philox counter word 2
+    u32 seed_high;       // Philox counter word 3
 };
 
 // By value, or where the host does not know them (a captured graph), from device memory.
 struct StepSource {
     StepScalars value;
-    const StepScalars* device;  // null: use `value`
+    const StepScalars *device; // null: use `value`
 };
 
 // What a tile tells about itself; a reduction in a fixed order makes a report of them.
 struct TilePartial {
-    double sum_of_squares;  // of dW, before grad_scale
-    u32 nonfinite;          // 1 where dW was not finite: the tile was left alone
+    double sum_of_squares; // of dW, before grad_scale
+    u32 nonfinite;         // 1 where dW was not finite: the tile was left alone
     u32 reserved;
 };
 
 FORGE_DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 FORGE_DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
 
-// Approximate to 1-2 ulp and without the slow paths of IEEE division and root: an update's last bits are
-// far below its weight's. Denormal inputs count as zero, so a divisor needs an epsilon, as rules have.
+// Approximate to 1-2 ulp and without the slow paths of IEEE division and root: an update's last
+// bits are far below its weight's. Denormal inputs count as zero, so a divisor needs an epsilon, as
+// rules have.
 FORGE_DEVICE float fast_sqrt(float x) {
     float y;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -65,4 +65,4 @@ FORGE_DEVICE float fast_reciprocal(float x) {
     return y;
 }
 
-}  // namespace forge
+} // namespace forge

@@ -15,8 +15,8 @@ struct ScalarsInMemory {
 extern "C" __global__ void __launch_bounds__(1)
     forge_prologue(const ScalarsInMemory *source, u32 parameter, u32 maximize, StepScalars *out) {
     StepScalars s{};
-    FORGE_RULE::constants(static_cast<double>(source->step), source->grad_scale,
-                          source->hyper, s.constants);
+    FORGE_RULE::constants(static_cast<double>(source->step), source->grad_scale, source->hyper,
+                          s.constants);
     const float scale = static_cast<float>(source->grad_scale);
     s.grad_scale = maximize != 0 ? -scale : scale;
     s.key[0] = static_cast<u32>(source->seed);

@@ -1,5 +1,6 @@
-// The PTX instructions of sm_90 that CUDA C++ has no name for: barriers in shared memory, the tensor
-// memory accelerator (TMA), register re-allocation. PTX ISA 8.x, the sections named beside each.
+// The PTX instructions of sm_90 that CUDA C++ has no name for: barriers in shared memory, the
+// tensor memory accelerator (TMA), register re-allocation. PTX ISA 8.x, the sections named beside
+// each.
 #pragma once
 #include "prelude.cuh"
 
@@ -10,7 +11,7 @@ struct alignas(64) TensorMap {
     u8 opaque[128];
 };
 
-FORGE_DEVICE u32 shared_address(const void* pointer) {
+FORGE_DEVICE u32 shared_address(const void *pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
@@ -20,13 +21,12 @@ FORGE_DEVICE u32 warp_index() { return __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32
 // True in one lane of the warp, always the same one.
 FORGE_DEVICE bool elect_one() {
     u32 elected;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "elect.sync _|p, 0xFFFFFFFF;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(elected));
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "elect.sync _|p, 0xFFFFFFFF;\n"
+                 "selp.u32 %0, 1, 0, p;\n"
+                 "}"
+                 : "=r"(elected));
     return elected != 0;
 }
 
@@ -47,29 +47,27 @@ FORGE_DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
                  : "memory");
 }
 FORGE_DEVICE void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra ready;\n"
-        "bra again;\n"
-        "ready:\n"
-        "}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra ready;\n"
+                 "bra again;\n"
+                 "ready:\n"
+                 "}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
 }
 
 // On the barrier at the same place in block `rank` of the cluster.
 FORGE_DEVICE void barrier_arrive_in(u32 barrier, u32 rank) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-        "}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
+    asm volatile("{\n"
+                 ".reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+                 "}" ::"r"(barrier),
+                 "r"(rank)
+                 : "memory");
 }
 
 // --- clusters (9.7.13.4, 10) ---
@@ -94,71 +92,70 @@ FORGE_DEVICE void named_barrier_arrive(u32 id, u32 threads) {
 // Whether the predicate holds in any of the threads.
 FORGE_DEVICE bool named_barrier_any(u32 id, u32 threads, bool predicate) {
     u32 any;
-    asm volatile(
-        "{\n"
-        ".reg .pred in, out;\n"
-        "setp.ne.u32 in, %3, 0;\n"
-        "barrier.cta.red.or.pred.aligned out, %1, %2, in;\n"
-        "selp.u32 %0, 1, 0, out;\n"
-        "}"
-        : "=r"(any)
-        : "r"(id), "r"(threads), "r"(static_cast<u32>(predicate))
-        : "memory");
+    asm volatile("{\n"
+                 ".reg .pred in, out;\n"
+                 "setp.ne.u32 in, %3, 0;\n"
+                 "barrier.cta.red.or.pred.aligned out, %1, %2, in;\n"
+                 "selp.u32 %0, 1, 0, out;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(id), "r"(threads), "r"(static_cast<u32>(predicate))
+                 : "memory");
     return any != 0;
 }
 
 // --- TMA (9.7.9.27) ---
 
-FORGE_DEVICE void tensor_map_prefetch(const TensorMap* map) {
+FORGE_DEVICE void tensor_map_prefetch(const TensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-FORGE_DEVICE void tma_load_2d(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4}], [%2];" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(c0), "r"(c1)
-        : "memory");
-}
-// To the same place in each block of the cluster whose bit is set in `blocks`, telling each one's barrier.
-FORGE_DEVICE void tma_load_2d_multicast(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1,
-                                        u32 blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(static_cast<u16>(blocks))
-        : "memory");
-}
-FORGE_DEVICE void tma_load_3d(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
-        : "memory");
-}
-FORGE_DEVICE void tma_load_4d(u32 target, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2,
-                              i32 c3) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-        : "memory");
-}
-FORGE_DEVICE void tma_store_3d(const TensorMap* map, u32 source, i32 c0, i32 c1, i32 c2) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
-                     map),
-                 "r"(source), "r"(c0), "r"(c1), "r"(c2)
+FORGE_DEVICE void tma_load_2d(u32 target, const TensorMap *map, u32 barrier, i32 c0, i32 c1) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4}], [%2];" ::"r"(target),
+                 "l"(map), "r"(barrier), "r"(c0), "r"(c1)
                  : "memory");
 }
-FORGE_DEVICE void tma_store_4d(const TensorMap* map, u32 source, i32 c0, i32 c1, i32 c2, i32 c3) {
+// To the same place in each block of the cluster whose bit is set in `blocks`, telling each one's
+// barrier.
+FORGE_DEVICE void tma_load_2d_multicast(u32 target, const TensorMap *map, u32 barrier, i32 c0,
+                                        i32 c1, u32 blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes."
+                 "multicast::cluster "
+                 "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
+                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(static_cast<u16>(blocks))
+                 : "memory");
+}
+FORGE_DEVICE void tma_load_3d(u32 target, const TensorMap *map, u32 barrier, i32 c0, i32 c1,
+                              i32 c2) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
+                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+                 : "memory");
+}
+FORGE_DEVICE void tma_load_4d(u32 target, const TensorMap *map, u32 barrier, i32 c0, i32 c1, i32 c2,
+                              i32 c3) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+FORGE_DEVICE void tma_store_3d(const TensorMap *map, u32 source, i32 c0, i32 c1, i32 c2) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+            map),
+        "r"(source), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+FORGE_DEVICE void tma_store_4d(const TensorMap *map, u32 source, i32 c0, i32 c1, i32 c2, i32 c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+            map),
         "r"(source), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
 FORGE_DEVICE void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until the sources of all but the last N groups may be overwritten.
-template <int N>
-FORGE_DEVICE void tma_wait_read() {
+template <int N> FORGE_DEVICE void tma_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 // Until all stores are done.
@@ -170,13 +167,11 @@ FORGE_DEVICE void fence_shared_for_tma() {
 
 // --- registers per warp (9.7.19.5) ---
 
-template <u32 N>
-FORGE_DEVICE void registers_raise() {
+template <u32 N> FORGE_DEVICE void registers_raise() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
-template <u32 N>
-FORGE_DEVICE void registers_lower() {
+template <u32 N> FORGE_DEVICE void registers_lower() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-}  // namespace forge
+} // namespace forge

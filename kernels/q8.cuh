@@ -1,5 +1,5 @@
-// 8-bit states: src/format/q8.rs in CUDA, within 1e-4 of its bounds, with the fast root and reciprocal. The
-// fused kernel and the element-wise one share it, so that both give the same codes.
+// 8-bit states: src/format/q8.rs in CUDA, within 1e-4 of its bounds, with the fast root and
+// reciprocal. The fused kernel and the element-wise one share it, so that both give the same codes.
 //
 // Blocks whose largest entry is below fp32's normal range are stored as zeros.
 #pragma once
@@ -17,28 +17,27 @@ constexpr float SMALLEST_NORMAL = 1.1754944e-38f, LARGEST = 3.4028235e38f;
 constexpr float LARGEST_ROOT = 1.8446743e19f;
 
 // From a scale to what one squared (signed) or one level (root) is worth.
-template <bool SIGNED>
-FORGE_DEVICE float q8_decode_factor(float scale) {
+template <bool SIGNED> FORGE_DEVICE float q8_decode_factor(float scale) {
     return __fmul_rn(scale, SIGNED ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f);
 }
 
 // `code_as_float`: BYTE_MAGIC with the code in its low byte.
-template <bool SIGNED>
-FORGE_DEVICE float q8_decode(u32 code_as_float, float factor) {
+template <bool SIGNED> FORGE_DEVICE float q8_decode(u32 code_as_float, float factor) {
     if constexpr (SIGNED) {
         const float level = __fsub_rn(bits_to_float(code_as_float), BYTE_ZERO + 128.0f);
         return __fmul_rn(__fmul_rn(level, fabsf(level)), factor);
     } else {
         // level · factor: the product with a power of two that is taken away is exact.
-        const float root = __fmaf_rn(bits_to_float(code_as_float), factor, __fmul_rn(-BYTE_ZERO, factor));
+        const float root =
+            __fmaf_rn(bits_to_float(code_as_float), factor, __fmul_rn(-BYTE_ZERO, factor));
         return __fmul_rn(root, root);
     }
 }
 
 // From the scale of a block, max |m| or max sqrt(v), to the factor of its encoding.
-template <bool SIGNED>
-FORGE_DEVICE float q8_encode_factor(float scale) {
-    if (scale < SMALLEST_NORMAL) return 0.0f;
+template <bool SIGNED> FORGE_DEVICE float q8_encode_factor(float scale) {
+    if (scale < SMALLEST_NORMAL)
+        return 0.0f;
     return SIGNED ? __fmul_rn(127.0f, fast_reciprocal(fast_sqrt(scale)))
                   : __fmul_rn(255.0f, fast_reciprocal(scale));
 }
@@ -46,38 +45,46 @@ FORGE_DEVICE float q8_encode_factor(float scale) {
 FORGE_DEVICE float q8_stored_scale(float scale) { return scale < SMALLEST_NORMAL ? 0.0f : scale; }
 
 // The code nearest to m, or to sqrt(v), in the low byte.
-template <bool SIGNED>
-FORGE_DEVICE u32 q8_encode(float value, float factor) {
+template <bool SIGNED> FORGE_DEVICE u32 q8_encode(float value, float factor) {
     if constexpr (SIGNED) {
         const float signed_factor = copysignf(factor, value);
-        return float_to_bits(__fmaf_rn(fast_sqrt(fabsf(value)), signed_factor, ROUND_MAGIC + 128.0f));
+        return float_to_bits(
+            __fmaf_rn(fast_sqrt(fabsf(value)), signed_factor, ROUND_MAGIC + 128.0f));
     } else {
         float code = __fmaf_rn(value, factor, ROUND_MAGIC);
         // A non-zero v never gets code 0: it divides.
-        if (value > 0.0f) code = fmaxf(code, ROUND_MAGIC + 1.0f);
+        if (value > 0.0f)
+            code = fmaxf(code, ROUND_MAGIC + 1.0f);
         return float_to_bits(code);
     }
 }
 
 // The same, up or down by a draw of 16 bits: noise is 1 + draw/65536.
-FORGE_DEVICE float q8_noise_low(u32 draws) { return bits_to_float(((draws << 7) & 0x7FFF80u) | 0x3F800000u); }
-FORGE_DEVICE float q8_noise_high(u32 draws) { return bits_to_float(((draws >> 9) & 0x7FFF80u) | 0x3F800000u); }
+FORGE_DEVICE float q8_noise_low(u32 draws) {
+    return bits_to_float(((draws << 7) & 0x7FFF80u) | 0x3F800000u);
+}
+FORGE_DEVICE float q8_noise_high(u32 draws) {
+    return bits_to_float(((draws >> 9) & 0x7FFF80u) | 0x3F800000u);
+}
 
 template <bool SIGNED>
 FORGE_DEVICE u32 q8_encode_stochastic(float value, float factor, float noise) {
-    // floor(x + u) is the integer nearest to x + u − 1/2; half a draw more, and there is no tie. The sum's
-    // own rounding may lift the largest entry past the last code, which would wrap around.
+    // floor(x + u) is the integer nearest to x + u − 1/2; half a draw more, and there is no tie.
+    // The sum's own rounding may lift the largest entry past the last code, which would wrap
+    // around.
     constexpr float HALF = 1.5f - 0.5f / 65536.0f, MOST = SIGNED ? 127.0f : 255.0f;
     const float root = SIGNED ? fast_sqrt(fabsf(value)) : value;
     const float position = fminf(__fsub_rn(__fmaf_rn(root, factor, noise), HALF), MOST);
     if constexpr (SIGNED) {
         // Below zero only by what rounds to zero.
-        return float_to_bits(__fadd_rn(copysignf(fmaxf(position, 0.0f), value), ROUND_MAGIC + 128.0f));
+        return float_to_bits(
+            __fadd_rn(copysignf(fmaxf(position, 0.0f), value), ROUND_MAGIC + 128.0f));
     } else {
         float code = __fadd_rn(position, ROUND_MAGIC);
-        if (value > 0.0f) code = fmaxf(code, ROUND_MAGIC + 1.0f);
+        if (value > 0.0f)
+            code = fmaxf(code, ROUND_MAGIC + 1.0f);
         return float_to_bits(code);
     }
 }
 
-}  // namespace forge
+} // namespace forge

@@ -9,7 +9,7 @@ namespace forge {
 // For kernels that apply none.
 struct NoRule {
     static constexpr int STATES = 0;
-    FORGE_DEVICE static void update(const float*, float, float, float&, float*) {}
+    FORGE_DEVICE static void update(const float *, float, float, float &, float *) {}
 };
 
-}  // namespace forge
+} // namespace forge

@@ -28,7 +28,7 @@ export CARGO_TERM_COLOR=never
 step "set-up" scripts/setup.sh --dev
 bin=.venv/bin
 step "Rust format" cargo fmt --check
-step "C and C++ format" on_files "$bin/clang-format" --dry-run -Werror -- 'tests/*.c' 'tests/*.cpp' 'tests/*.h'
+step "C and C++ format" on_files "$bin/clang-format" --dry-run -Werror -- 'tests/*.c' 'tests/*.cpp' 'tests/*.h' 'kernels/*.cu' 'kernels/*.cuh'
 step "Python format" "$bin/ruff" format --check .
 step "Python lint" "$bin/ruff" check .
 step "shell lint" on_files "$bin/shellcheck" -- '*.sh' .ci/run

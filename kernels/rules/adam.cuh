@@ -4,13 +4,14 @@
 
 namespace forge {
 
-template <bool Coupled>
-struct AdamRule {
+template <bool Coupled> struct AdamRule {
     static constexpr int STATES = 2;
 
     // Once for each step, in fp64. `hyper`: lr, weight decay, β₁, β₂, ε.
-    FORGE_DEVICE static void constants(double step, double grad_scale, const double* hyper, float* c) {
-        const double lr = hyper[0], decay = hyper[1], beta1 = hyper[2], beta2 = hyper[3], eps = hyper[4];
+    FORGE_DEVICE static void constants(double step, double grad_scale, const double *hyper,
+                                       float *c) {
+        const double lr = hyper[0], decay = hyper[1], beta1 = hyper[2], beta2 = hyper[3],
+                     eps = hyper[4];
         const double bias1 = 1.0 - pow(beta1, step), bias2 = 1.0 - pow(beta2, step);
         const double most = 3.4028234663852886e38;
         c[1] = static_cast<float>(Coupled ? decay : 0.0);
@@ -22,9 +23,9 @@ struct AdamRule {
         c[10] = eps == 0.0 ? 0.0f : static_cast<float>(fmax(-bias1 / lr * eps, -most));
     }
 
-    // The same as on the CPU in fewer instructions: −η/(1−β₁ᵗ) divides the divisor's constants c[8] and
-    // c[10], and √(1−β₂) multiplies the gradient before it is squared.
-    FORGE_DEVICE static void update(const float* c, float g, float scale, float& w, float* s) {
+    // The same as on the CPU in fewer instructions: −η/(1−β₁ᵗ) divides the divisor's constants c[8]
+    // and c[10], and √(1−β₂) multiplies the gradient before it is squared.
+    FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
         if (Coupled) {
             g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
             scale = 1.0f;
@@ -42,4 +43,4 @@ struct AdamRule {
 using Adam = AdamRule<true>;
 using AdamW = AdamRule<false>;
 
-}  // namespace forge
+} // namespace forge

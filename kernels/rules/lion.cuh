@@ -8,7 +8,7 @@ struct Lion {
     static constexpr int STATES = 1;
 
     // Once for each step, in fp64. `hyper`: lr, weight decay, β₁, β₂.
-    FORGE_DEVICE static void constants(double, double, const double* hyper, float* c) {
+    FORGE_DEVICE static void constants(double, double, const double *hyper, float *c) {
         c[0] = static_cast<float>(hyper[0]);
         c[1] = static_cast<float>(1.0 - hyper[0] * hyper[1]);
         c[2] = static_cast<float>(hyper[2]);
@@ -17,7 +17,7 @@ struct Lion {
         c[5] = static_cast<float>(1.0 - hyper[3]);
     }
 
-    FORGE_DEVICE static void update(const float* c, float g, float scale, float& w, float* s) {
+    FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
         g = __fmul_rn(g, scale);
         const float m = s[0];
         const float u = __fmaf_rn(c[2], m, __fmul_rn(c[3], g));
@@ -28,4 +28,4 @@ struct Lion {
     }
 };
 
-}  // namespace forge
+} // namespace forge

@@ -4,14 +4,13 @@
 
 namespace forge {
 
-template <u32 Flags>
-struct SgdRule {
+template <u32 Flags> struct SgdRule {
     static constexpr bool NESTEROV = (Flags & 2u) != 0;
     static constexpr bool MOMENTUM = (Flags & 4u) != 0;
     static constexpr int STATES = MOMENTUM ? 1 : 0;
 
     // Once for each step, in fp64. `hyper`: lr, weight decay, momentum, dampening.
-    FORGE_DEVICE static void constants(double step, double, const double* hyper, float* c) {
+    FORGE_DEVICE static void constants(double step, double, const double *hyper, float *c) {
         const bool first = !MOMENTUM || step == 1.0;
         c[0] = static_cast<float>(hyper[0]);
         c[1] = static_cast<float>(hyper[1]);
@@ -21,7 +20,7 @@ struct SgdRule {
         c[5] = NESTEROV ? 1.0f : 0.0f;
     }
 
-    FORGE_DEVICE static void update(const float* c, float g, float scale, float& w, float* s) {
+    FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
         g = __fmul_rn(g, scale);
         g = __fmaf_rn(c[1], w, g);
         float direction = g;
@@ -34,4 +33,4 @@ struct SgdRule {
     }
 };
 
-}  // namespace forge
+} // namespace forge
