@@ -2,6 +2,7 @@
 // and the rule over its weights and states, which stream through shared memory chunk by chunk.
 #pragma once
 #include "arrays.cuh"
+#include "formats.cuh"
 #include "philox.cuh"
 #include "q8.cuh"
 #include "rules.cuh"
@@ -38,11 +39,6 @@ FORGE_DEVICE void store_f32x2(u8 *p, float x, float y) {
     *reinterpret_cast<float2 *>(p) = make_float2(x, y);
 }
 FORGE_DEVICE void store_u32(u8 *p, u32 v) { *reinterpret_cast<u32 *>(p) = v; }
-
-// Upper and lower halves to the fp32 they were split from: format::bf16::join.
-FORGE_DEVICE float join_halves(u32 upper_lower) {
-    return bits_to_float(upper_lower - ((upper_lower & 0x8000u) << 1));
-}
 
 struct Q8Row {
     float decode;  // of the stored codes: q8_decode_factor
@@ -100,8 +96,8 @@ struct ChunkUpdate {
         } else {
             const u32 upper = load_u32(slot + array_offset(A_WEIGHT) + offset<2>(j));
             const u32 lower = load_u32(slot + array_offset(A_EXTRA) + offset<2>(j));
-            return make_float2(join_halves(__byte_perm(lower, upper, 0x5410)),
-                               join_halves(__byte_perm(lower, upper, 0x7632)));
+            return make_float2(formats::join_halves(__byte_perm(lower, upper, 0x5410)),
+                               formats::join_halves(__byte_perm(lower, upper, 0x7632)));
         }
     }
 

@@ -32,9 +32,10 @@ FORGE_DEVICE u32 narrow_bf16(float value, u32 draw) {
 
 // The fp32 of a bf16 and the 16 bits below it, and back: together all 32 bits. The bf16 is the fp32
 // rounded to nearest, ties away from zero.
-FORGE_DEVICE float join_halves(u32 upper, u32 lower) {
-    return bits_to_float(((upper - (lower >> 15)) << 16) | lower);
+FORGE_DEVICE float join_halves(u32 upper_lower) {
+    return bits_to_float(upper_lower - ((upper_lower & 0x8000u) << 1));
 }
+FORGE_DEVICE float join_halves(u32 upper, u32 lower) { return join_halves(upper << 16 | lower); }
 FORGE_DEVICE u32 upper_half(float value) {
     const u32 bits = float_to_bits(value);
     return ((bits >> 16) + ((bits >> 15) & 1u)) & 0xFFFFu;

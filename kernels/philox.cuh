@@ -12,28 +12,14 @@ struct Draws {
     u32 word[4]; // word j: elements 8j + 2q and 8j + 2q + 1 of the block of 32
 };
 
-FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        const u64 p0 = static_cast<u64>(0xD2511F53u) * c0;
-        const u64 p1 = static_cast<u64>(0xCD9E8D57u) * c2;
-        c0 = static_cast<u32>(p1 >> 32) ^ c1 ^ k0;
-        c1 = static_cast<u32>(p1);
-        c2 = static_cast<u32>(p0 >> 32) ^ c3 ^ k1;
-        c3 = static_cast<u32>(p0);
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return {{c0, c1, c2, c3}};
-}
-
-// The keys of the ten rounds, where they are known before: as operands they cost no register.
+// The keys of the ten rounds. From a kernel's parameters they are operands that cost no register.
 struct RoundKeys {
     u32 key[10][2];
 };
 
 FORGE_DEVICE RoundKeys round_keys(const StepScalars &s) {
     RoundKeys keys;
+#pragma unroll
     for (u32 round = 0; round < 10; ++round) {
         keys.key[round][0] = s.key[0] + round * 0x9E3779B9u;
         keys.key[round][1] = s.key[1] + round * 0xBB67AE85u;
@@ -80,7 +66,7 @@ FORGE_DEVICE u32 counter_high(Stream stream, u64 group) {
 FORGE_DEVICE Draws draw_call(const StepScalars &s, Stream stream, u64 block, u32 q) {
     const u64 group = block * 4 + q;
     return stream_draws(stream, philox4x32_10(static_cast<u32>(group), counter_high(stream, group),
-                                              s.step, s.seed_high, s.key[0], s.key[1]));
+                                              s.step, s.seed_high, round_keys(s)));
 }
 
 // The same from the call's number, where the upper word of all numbers is the same: then the first

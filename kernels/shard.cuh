@@ -32,9 +32,6 @@ struct Region {
 // Tiles of the element-wise kernels: what is checked for non-finite gradients and skipped as one.
 constexpr u32 TILE_ROWS = 64, TILE_COLS = 128;
 
-FORGE_DEVICE bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
-FORGE_DEVICE bool is_finite(float x) { return fabsf(x) <= 3.4028234663852886e38f; }
-
 // Sum over the block in a fixed order, in all threads' hands for thread 0 only. `shared`: one
 // double for each warp.
 template <int THREADS> FORGE_DEVICE double block_sum(double x, double *shared) {

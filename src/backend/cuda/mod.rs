@@ -296,15 +296,14 @@ impl Backend for Cuda {
                 let at = partials.take(region.tiles())?;
                 elementwise::update(gpu, scheme, shard, region, arrays, gradient, &step, at, stream)
             };
-            if fused {
-            } else if no_tokens {
+            if !fused && no_tokens {
                 let whole = Region::whole(shard);
                 let gradient = accumulator.map_or(Gradient::ZERO, |a| Gradient {
                     data: a.get() as DevicePtr,
                     stride: shard.cols as u64,
                 });
                 apply(whole, gradient)?;
-            } else {
+            } else if !fused {
                 self.for_each_panel(
                     scheme,
                     shard,
@@ -388,14 +387,13 @@ impl Backend for Cuda {
                 let size = (region.rows, region.cols);
                 reduce::squares(gpu, (data, stride), size, at, stream)
             };
-            if fused {
-            } else if no_tokens {
+            if !fused && no_tokens {
                 // Without either, the sum over no partial is 0.
                 if let Some(accumulator) = accumulator {
                     let whole = Region::whole(shard);
                     square(whole, plane_of(accumulator, shard, whole))?;
                 }
-            } else {
+            } else if !fused {
                 let to = &workspace;
                 self.for_each_panel(scheme, shard, factors, accumulator, to, stream, square)?;
             }

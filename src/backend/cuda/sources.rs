@@ -30,6 +30,9 @@ pub const HEADERS: &[Source] = &[
     source!("ptx.cuh"),
     source!("wgmma.cuh"),
     source!("arrays.cuh"),
+    source!("launch.cuh"),
+    source!("producer.cuh"),
+    source!("tally.cuh"),
     source!("epilogue.cuh"),
 ];
 

@@ -1,0 +1,122 @@
+// A launch of the fused kernel: how tiles and shared memory are cut, its parameters, and the order
+// in which a block goes through tiles and rings.
+#pragma once
+#include "arrays.cuh"
+#include "philox.cuh"
+#include "ptx.cuh"
+
+namespace forge {
+
+constexpr int TILE_ROWS = FORGE_TILE_ROWS, TILE_COLS = FORGE_TILE_COLS,
+              TILE_TOKENS = FORGE_TILE_TOKENS;
+constexpr int STAGES = FORGE_STAGES;
+// Accumulators of 64 rows each.
+constexpr int HALVES = TILE_ROWS / 64;
+constexpr int CONSUMERS = FORGE_CONSUMERS;
+// Blocks that work on tiles below each other in step and share the loads of X: each loads some of
+// the tokens for both. The L2's two halves exchange less then, and that exchange is what saturates
+// first.
+constexpr int CLUSTER = FORGE_CLUSTER;
+constexpr int THREADS = 128 * (CONSUMERS + 1);
+
+// One TMA box of a factor: TILE_TOKENS tokens × 64 features, 128-byte swizzle.
+constexpr u32 ATOM_BYTES = TILE_TOKENS * 128;
+constexpr u32 STAGE_A = TILE_ROWS / 64 * ATOM_BYTES;
+constexpr u32 STAGE_BYTES = STAGE_A + TILE_COLS / 64 * ATOM_BYTES;
+
+constexpr int COL_CHUNKS = TILE_COLS / CHUNK_COLS;
+constexpr int CHUNKS = 2 * HALVES * COL_CHUNKS;
+// Named barriers: whose turn it is to multiply, and one for each consumer's own threads.
+constexpr u32 TURN = 1, OWN = TURN + CONSUMERS;
+
+// Dynamic shared memory, from a 1024-byte boundary: stages, slots of both rings, barriers.
+constexpr u32 SLOTS_AT = STAGES * STAGE_BYTES;
+constexpr u32 SCALES_AT = SLOTS_AT + CONSUMERS * SLOTS * SLOT_BYTES;
+constexpr u32 BARRIERS_AT = SCALES_AT + CONSUMERS * SLOTS * SLOT_SCALE_BYTES;
+constexpr int N_BARRIERS = 2 * STAGES + 2 * CONSUMERS * SLOTS;
+// A copy of the step's scalars where they come from device memory.
+struct Scalars {
+    StepScalars step;
+    RoundKeys keys;
+};
+// What a consumer knows of its tiles: Σ dW² of each warp's part, and how many were not finite.
+struct Tally {
+    double sums[4];
+    u32 nonfinite, last;
+};
+constexpr u32 TALLIES_AT = BARRIERS_AT + 8 * N_BARRIERS;
+constexpr u32 SCALARS_AT = TALLIES_AT + sizeof(Tally) * CONSUMERS;
+// backend::cuda::sm90 computes the same.
+constexpr u32 SHARED_BYTES = SCALARS_AT + sizeof(Scalars);
+static_assert(SHARED_BYTES <= 227 * 1024 && (!any_q8() || TILE_COLS == 128),
+              "policy.rs keeps to this");
+
+struct Params {
+    // Of each streamed array two: its rows 0..7 and its rows 8..15 of every 16. backend::cuda::sm90
+    // makes them.
+    TensorMap arrays[N_ARRAYS][2];
+    // Of the scales of q8 states [ceil(cols/128)][rows], likewise.
+    TensorMap scales[3][2];
+    TensorMap dy[FORGE_MAX_SEGMENTS];
+    TensorMap x[FORGE_MAX_SEGMENTS];
+    u32 token_blocks[FORGE_MAX_SEGMENTS]; // of TILE_TOKENS
+    u32 n_segments;
+    u32 rows, cols; // of W
+    u32 tiles_m, tiles_n;
+    u32 group_m;     // rows of places (see Walk) that are walked together, for reuse in the L2
+    u64 first_index; // global index of W's first element here
+    u64 global_cols; // stride of the global index
+    StepSource step;
+    RoundKeys keys; // Philox's, of `step`
+    // Where the report goes (the norm in Mode::Norm), null: nowhere. The last block writes it, from
+    // a partial of each consumer; `counter` tells which block that is, and is 0 before and after.
+    void *reports[2];
+    TilePartial *partials;
+    u32 *counter;
+    u32 method;    // of a norm
+    u32 draw_high; // upper word of the numbers of all Philox calls, if FORGE_DRAWS_ALIGNED
+};
+
+struct TileIndex {
+    u32 m, n;
+};
+
+// What a block walks through: every `step`-th place from `first` on. A place is a tile, or with
+// clusters CLUSTER tiles below each other, one for each block; the last of them may lie outside W.
+struct Walk {
+    u32 first, step, places, rows_of_places;
+    FORGE_DEVICE explicit Walk(const Params &p)
+        : first(blockIdx.x / CLUSTER), step(gridDim.x / CLUSTER),
+          places((p.tiles_m + CLUSTER - 1) / CLUSTER * p.tiles_n),
+          rows_of_places((p.tiles_m + CLUSTER - 1) / CLUSTER) {}
+
+    // In groups of `group_m` rows of places, down the rows first.
+    FORGE_DEVICE TileIndex tile(const Params &p, u32 place) const {
+        const u32 per_group = p.group_m * p.tiles_n;
+        const u32 group = place / per_group, within = place % per_group;
+        const u32 first_row = group * p.group_m;
+        const u32 height = min(p.group_m, rows_of_places - first_row);
+        u32 m = first_row + within % height;
+        if (CLUSTER > 1)
+            m = m * CLUSTER + cluster_rank();
+        return {m, within / height};
+    }
+};
+
+// A place in a ring of N: index and the parity of its current round.
+template <int N> struct Ring {
+    u32 index = 0, parity = 0;
+    FORGE_DEVICE void advance() {
+        if (++index == N) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+    FORGE_DEVICE void advance(u32 by) {
+        const u32 to = index + by;
+        parity ^= (to / N) & 1;
+        index = to % N;
+    }
+};
+
+} // namespace forge
