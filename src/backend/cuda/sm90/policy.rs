@@ -89,7 +89,7 @@ const Q8: [Tile; 4] = [
     tile(128, (4, 32), (128, 1), 1),
 ];
 
-/// Bytes of dynamic shared memory; `forge::SHARED_BYTES` of kernels/wgrad_sm90.cu.
+/// Bytes of dynamic shared memory; `forge::SHARED_BYTES` of kernels/launch.cuh.
 pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
     let stages = tile.stages * tile.tokens * 2 * (tile.rows + tile.cols);
     let slot = 32 * tile.chunk_cols * streams.bytes;
