@@ -86,21 +86,34 @@ constexpr int SLOT_SCALE_BYTES = any_q8() ? 3 * SCALE_BYTES : 0;
 constexpr int SLOT_LOAD_BYTES = loaded_bytes();
 constexpr bool STREAMS = SLOT_BYTES > 0;
 
-// Where in an array's part of a slot the pair of columns (8·j + 2·q, + 1) of a lane's row lies.
-// `warp` 0..3 and `row` 0..7 say which of the chunk's rows, `q` is the lane in its quad.
-template <int BYTES> FORGE_DEVICE u32 pair_offset(int j, u32 warp, u32 row, u32 q) {
-    constexpr int COLS = box_cols(BYTES), PER_BOX = COLS / 8;
-    constexpr u32 ROW_BYTES = COLS * BYTES;
-    const u32 box = static_cast<u32>(j / PER_BOX) * box_bytes(BYTES);
-    const int in_box = j % PER_BOX;
+// TMA's swizzle of a box whose rows are ROW_BYTES: 16-byte units (bits 4..) XOR the number of the
+// 128-byte line (bits 7..).
+template <int ROW_BYTES> FORGE_DEVICE u32 swizzled(u32 linear) {
+    constexpr u32 MASK = ROW_BYTES == 128 ? 7 : ROW_BYTES == 64 ? 3 : ROW_BYTES == 32 ? 1 : 0;
+    return linear ^ (((linear >> 7) & MASK) << 4);
+}
+
+// Where in an array's part of a slot the pair of columns (2·q, + 1) of a lane's row lies. `warp`
+// 0..3 and `row` 0..7 say which of the chunk's rows, `q` is the lane in its quad.
+template <int BYTES> FORGE_DEVICE u32 pair_offset(u32 warp, u32 row, u32 q) {
+    constexpr int ROW_BYTES = box_cols(BYTES) * BYTES;
     // Four-byte arrays have rows 0 4 1 5 2 6 3 7 (see `move_chunk`): a pair is half a swizzled unit
     // then, and rows that meet in one access would else share banks.
     const u32 line = warp * 8 + (BYTES == 4 ? (row >> 2) + 2 * (row & 3) : row);
-    const u32 byte = BYTES == 4 ? in_box * 32 + q * 8 : (in_box * 8 + q * 2) * BYTES;
-    const u32 linear = line * ROW_BYTES + byte;
-    // TMA's swizzle: 16-byte units (bits 4..) XOR the 128-byte line's number (bits 7..).
-    constexpr u32 MASK = ROW_BYTES == 128 ? 7 : ROW_BYTES == 64 ? 3 : ROW_BYTES == 32 ? 1 : 0;
-    return box + (linear ^ (((linear >> 7) & MASK) << 4));
+    return swizzled<ROW_BYTES>(line * ROW_BYTES + q * 2 * BYTES);
+}
+// The same pair of the j-th eight columns. `first`: address of the first eight's. Slots begin at
+// multiples of 128 bytes, so the swizzle of what is added is its XOR.
+template <int BYTES> FORGE_DEVICE u32 pair_at(u32 first, int j) {
+    constexpr int PER_BOX = box_cols(BYTES) / 8;
+    return (first ^ (j % PER_BOX * 8 * BYTES)) + j / PER_BOX * box_bytes(BYTES);
+}
+
+// Four pairs of a two-byte array can go through registers at once, as matrices of 8×8 (ldmatrix).
+// The address that a lane gives is of row lane%8 of matrix lane/8.
+FORGE_DEVICE u32 matrix_offset(u32 warp, u32 lane) {
+    constexpr int ROW_BYTES = box_cols(2) * 2;
+    return swizzled<ROW_BYTES>((warp * 8 + lane % 8) * ROW_BYTES + lane / 8 * 16);
 }
 
 } // namespace forge

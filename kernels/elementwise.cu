@@ -27,6 +27,13 @@ constexpr bool STATE_SIGNED = (K == 0   ? FORGE_STATE0_KIND
 enum : int { F32 = 0, BF16 = 1, Q8 = 2 };                      // state formats
 enum : int { W_F32 = 0, W_BF16 = 1, W_MASTER = 2, W_LOW = 3 }; // weight formats
 constexpr bool WEIGHT_DRAWS = FORGE_WEIGHT_FORMAT == W_BF16 && FORGE_WEIGHT_STOCHASTIC != 0;
+constexpr bool all_q8() {
+    bool all = N_STATES > 0;
+    for (int k = 0; k < N_STATES; ++k)
+        all = all && STATE_FORMAT[k] == Q8;
+    return all;
+}
+using Form = CodedForm<FORGE_RULE, all_q8()>;
 template <int K> constexpr bool STATE_DRAWS = FORGE_STATE_STOCHASTIC != 0 && STATE_FORMAT[K] != F32;
 
 // Blocks that share an SM: three where the registers suffice, for more loads in flight.
@@ -217,12 +224,12 @@ template <int K> FORGE_DEVICE StateRun load_state(const ShardArrays &arrays, con
     return run;
 }
 
-template <int K> FORGE_DEVICE float state_value(const StateRun &run, int i) {
+template <int K> FORGE_DEVICE float state_value(const StateRun &run, int i, float factor) {
     if constexpr (STATE_FORMAT[K] == BF16)
         return formats::widen_bf16(run.half.value[i]);
     if constexpr (STATE_FORMAT[K] == Q8)
-        return q8_decode<STATE_SIGNED<K>>(BYTE_MAGIC | run.codes.value[i],
-                                          q8_decode_factor<STATE_SIGNED<K>>(run.scale));
+        return q8_decode<STATE_SIGNED<K>, Form::USED>(
+            BYTE_MAGIC | run.codes.value[i], q8_decode_factor<STATE_SIGNED<K>>(run.scale, factor));
     return run.full.value[i];
 }
 
@@ -254,7 +261,7 @@ FORGE_DEVICE void store_state(const ShardArrays &arrays, const Place &place, con
 #pragma unroll
         for (int distance = LANES / 2; distance > 0; distance /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
-        const formats::Q8Block<STATE_SIGNED<K>> block(largest);
+        const formats::Q8Block<STATE_SIGNED<K>, Form::USED> block(largest);
         Run<u8> run;
 #pragma unroll
         for (int i = 0; i < RUN; ++i)
@@ -292,12 +299,12 @@ FORGE_DEVICE void update(const ShardArrays &arrays, const Place &place, const Me
         float s[3] = {0.0f, 0.0f, 0.0f};
         w[i] = weight_value(memory.weight, i);
         if constexpr (N_STATES > 0)
-            s[0] = state_value<0>(memory.states[0], i);
+            s[0] = state_value<0>(memory.states[0], i, Form::factor(step.constants, 0));
         if constexpr (N_STATES > 1)
-            s[1] = state_value<1>(memory.states[1], i);
+            s[1] = state_value<1>(memory.states[1], i, Form::factor(step.constants, 1));
         if constexpr (N_STATES > 2)
-            s[2] = state_value<2>(memory.states[2], i);
-        FORGE_RULE::update(step.constants, g[i], step.grad_scale, w[i], s);
+            s[2] = state_value<2>(memory.states[2], i, Form::factor(step.constants, 2));
+        Form::update(step.constants, g[i], step.grad_scale, w[i], s);
 #pragma unroll
         for (int k = 0; k < N_STATES; ++k)
             states[k][i] = s[k];

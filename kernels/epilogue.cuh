@@ -4,6 +4,7 @@
 #include "arrays.cuh"
 #include "formats.cuh"
 #include "philox.cuh"
+#include "ptx.cuh"
 #include "q8.cuh"
 #include "rules.cuh"
 
@@ -19,26 +20,22 @@ FORGE_DEVICE u32 narrow_bf16x2(float x, float y) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
     return pair;
 }
-// Adds 16 random bits below each bf16 and cuts. `mask` of 0 only cuts: see `rounding_mask`.
-FORGE_DEVICE u32 narrow_bf16x2_stochastic(float x, float y, u32 draws, u32 mask) {
-    const u32 bits = draws & mask;
-    const u32 a = float_to_bits(x) + (bits & 0xFFFFu);
-    const u32 b = float_to_bits(y) + (bits >> 16);
-    return __byte_perm(a, b, 0x7632);
+// Adds to `value` one of the two 16-bit halves of `halves`: byte 0 of `which` selects the lower
+// one, byte 1 the upper one. One instruction.
+FORGE_DEVICE u32 add_half(u32 value, u32 halves, u32 which) {
+    u32 sum;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(halves), "r"(which), "r"(value));
+    return sum;
 }
-// Adding bits must not turn the largest finite numbers into infinities, nor a NaN into a zero. Some
-// values at a time: all bits set, or none where one of them is that large or not finite.
-// `magnitudes`: their sum, which is no smaller than the largest.
-FORGE_DEVICE u32 rounding_mask(float magnitudes) {
-    return magnitudes <= 3.3e38f ? 0xFFFFFFFFu : 0u;
+// Adds 16 random bits below each bf16 and cuts; 0 for `one` in place of 1 only cuts.
+FORGE_DEVICE u32 narrow_bf16x2_stochastic(float x, float y, u32 draws, u32 one) {
+    return __byte_perm(add_half(float_to_bits(x), draws, one),
+                       add_half(float_to_bits(y), draws, one << 8), 0x7632);
 }
-
-FORGE_DEVICE float2 load_f32x2(const u8 *p) { return *reinterpret_cast<const float2 *>(p); }
-FORGE_DEVICE u32 load_u32(const u8 *p) { return *reinterpret_cast<const u32 *>(p); }
-FORGE_DEVICE void store_f32x2(u8 *p, float x, float y) {
-    *reinterpret_cast<float2 *>(p) = make_float2(x, y);
-}
-FORGE_DEVICE void store_u32(u8 *p, u32 v) { *reinterpret_cast<u32 *>(p) = v; }
+// Adding bits must not turn the largest finite numbers into infinities, nor a NaN into a zero: 0
+// where one of some values is that large or not finite, else 1. `magnitudes`: their sum, which is
+// no smaller than the largest.
+FORGE_DEVICE u32 roundable(float magnitudes) { return magnitudes <= 3.3e38f ? 1u : 0u; }
 
 struct Q8Row {
     float decode;  // of the stored codes: q8_decode_factor
@@ -51,6 +48,14 @@ FORGE_DEVICE float quad_maximum(float x) {
 }
 
 // --- the tile ---
+
+constexpr bool all_q8() {
+    bool all = N_STATES > 0;
+    for (int i = 0; i < N_STATES; ++i)
+        all = all && is_q8(i);
+    return all;
+}
+using Form = CodedForm<FORGE_RULE, all_q8()>;
 
 // A lane's place in the tile and what it needs of the launch.
 struct Lane {
@@ -82,67 +87,98 @@ struct ChunkUpdate {
     const Lane &lane;
     u32 draw_high; // upper word of all calls' counters
 
-    template <int BYTES> FORGE_DEVICE u32 offset(int j) const {
-        return pair_offset<BYTES>(j, lane.warp, lane.row, lane.q);
+    // Pairs that move together between registers and two-byte arrays. Four need registers side by
+    // side, which wide tiles do not have.
+    static constexpr int MATRICES = FORGE_TILE_COLS > 128 ? 1 : 4;
+
+    // Addresses of what the lane moves first, were the slot at 0.
+    u32 first4 = pair_offset<4>(lane.warp, lane.row, lane.q);
+    u32 first1 = pair_offset<1>(lane.warp, lane.row, lane.q);
+    u32 first2 = MATRICES == 1 ? pair_offset<2>(lane.warp, lane.row, lane.q)
+                               : matrix_offset(lane.warp, 4 * lane.row + lane.q);
+
+    // Pairs that are worked on together: more hide latency, fewer leave registers to q8.
+    static constexpr int TOGETHER =
+        any_q8() || (FORGE_STATE_STOCHASTIC && FORGE_TILE_COLS > 128) ? 2 : 4;
+
+    // Of some of a lane's pairs what two-byte arrays hold, before and after.
+    struct Packed {
+        u32 arrays[A_ACCUMULATOR][MATRICES];
+    };
+
+    // The two-byte arrays that come (LOAD) or go. From pair j on.
+    template <bool LOAD> FORGE_DEVICE void move_packed(u32 slot, int j, Packed &packed) const {
+        const u32 at = pair_at<2>(slot + first2, j);
+        for_constants<A_ACCUMULATOR>([&](auto constant) {
+            constexpr int A = decltype(constant)::value;
+            constexpr ArraySpec SPEC = array_spec(A);
+            if constexpr (SPEC.bytes == 2 && (LOAD ? SPEC.loads : SPEC.stores)) {
+                if constexpr (LOAD)
+                    pairs_load(at + array_offset(A), packed.arrays[A]);
+                else
+                    pairs_store(at + array_offset(A), packed.arrays[A]);
+            }
+        });
     }
 
-    FORGE_DEVICE float2 load_weight(const u8 *slot, int j) const {
+    // Pair j of the chunk. `packed`: of its 32 columns.
+    FORGE_DEVICE float2 load_weight(u32 slot, int j, const Packed &packed) const {
         if constexpr (WEIGHT == WeightFormat::F32) {
-            return load_f32x2(slot + array_offset(A_WEIGHT) + offset<4>(j));
+            return shared_load_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_WEIGHT));
         } else if constexpr (WEIGHT == WeightFormat::Bf16) {
-            return widen_bf16x2(load_u32(slot + array_offset(A_WEIGHT) + offset<2>(j)));
+            return widen_bf16x2(packed.arrays[A_WEIGHT][j % MATRICES]);
         } else if constexpr (WEIGHT == WeightFormat::Bf16F32) {
-            return load_f32x2(slot + array_offset(A_EXTRA) + offset<4>(j));
+            return shared_load_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_EXTRA));
         } else {
-            const u32 upper = load_u32(slot + array_offset(A_WEIGHT) + offset<2>(j));
-            const u32 lower = load_u32(slot + array_offset(A_EXTRA) + offset<2>(j));
+            const u32 upper = packed.arrays[A_WEIGHT][j % MATRICES],
+                      lower = packed.arrays[A_EXTRA][j % MATRICES];
             return make_float2(formats::join_halves(__byte_perm(lower, upper, 0x5410)),
                                formats::join_halves(__byte_perm(lower, upper, 0x7632)));
         }
     }
 
-    FORGE_DEVICE void store_weight(u8 *slot, int j, float2 w, u32 draws, u32 mask) const {
+    FORGE_DEVICE void store_weight(u32 slot, int j, float2 w, u32 draws, u32 one,
+                                   Packed &packed) const {
         if constexpr (WEIGHT == WeightFormat::F32) {
-            store_f32x2(slot + array_offset(A_WEIGHT) + offset<4>(j), w.x, w.y);
+            shared_store_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_WEIGHT), w);
         } else if constexpr (WEIGHT == WeightFormat::Bf16) {
-            const u32 pair = FORGE_WEIGHT_STOCHASTIC
-                                 ? narrow_bf16x2_stochastic(w.x, w.y, draws, mask)
-                                 : narrow_bf16x2(w.x, w.y);
-            store_u32(slot + array_offset(A_WEIGHT) + offset<2>(j), pair);
+            packed.arrays[A_WEIGHT][j % MATRICES] =
+                FORGE_WEIGHT_STOCHASTIC ? narrow_bf16x2_stochastic(w.x, w.y, draws, one)
+                                        : narrow_bf16x2(w.x, w.y);
         } else if constexpr (WEIGHT == WeightFormat::Bf16F32) {
-            store_f32x2(slot + array_offset(A_EXTRA) + offset<4>(j), w.x, w.y);
-            store_u32(slot + array_offset(A_WEIGHT) + offset<2>(j), narrow_bf16x2(w.x, w.y));
+            shared_store_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_EXTRA), w);
+            packed.arrays[A_WEIGHT][j % MATRICES] = narrow_bf16x2(w.x, w.y);
         } else {
             const u32 x = float_to_bits(w.x), y = float_to_bits(w.y);
-            store_u32(slot + array_offset(A_EXTRA) + offset<2>(j), __byte_perm(x, y, 0x5410));
-            store_u32(slot + array_offset(A_WEIGHT) + offset<2>(j),
-                      __byte_perm(x + 0x8000u, y + 0x8000u, 0x7632));
-        }
-    }
-
-    template <int S> FORGE_DEVICE float2 load_state(const u8 *slot, int j, float decode) const {
-        const u8 *part = slot + array_offset(A_STATE0 + S);
-        if constexpr (STATE[S] == StateFormat::F32) {
-            return load_f32x2(part + offset<4>(j));
-        } else if constexpr (STATE[S] == StateFormat::Bf16) {
-            return widen_bf16x2(load_u32(part + offset<2>(j)));
-        } else {
-            const u32 codes = *reinterpret_cast<const u16 *>(part + offset<1>(j));
-            return make_float2(
-                q8_decode<SIGNED[S]>(__byte_perm(codes, BYTE_MAGIC, 0x7440), decode),
-                q8_decode<SIGNED[S]>(__byte_perm(codes, BYTE_MAGIC, 0x7441), decode));
+            packed.arrays[A_EXTRA][j % MATRICES] = __byte_perm(x, y, 0x5410);
+            packed.arrays[A_WEIGHT][j % MATRICES] = __byte_perm(x + 0x8000u, y + 0x8000u, 0x7632);
         }
     }
 
     template <int S>
-    FORGE_DEVICE void store_state(u8 *slot, int j, float x, float y, u32 draws, u32 mask) const {
-        u8 *part = slot + array_offset(A_STATE0 + S);
+    FORGE_DEVICE float2 load_state(u32 slot, int j, const Packed &packed, float decode) const {
         if constexpr (STATE[S] == StateFormat::F32) {
-            store_f32x2(part + offset<4>(j), x, y);
+            return shared_load_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_STATE0 + S));
         } else if constexpr (STATE[S] == StateFormat::Bf16) {
-            store_u32(part + offset<2>(j), FORGE_STATE_STOCHASTIC
-                                               ? narrow_bf16x2_stochastic(x, y, draws, mask)
-                                               : narrow_bf16x2(x, y));
+            return widen_bf16x2(packed.arrays[A_STATE0 + S][j % MATRICES]);
+        } else {
+            const u32 codes =
+                shared_load_u16(pair_at<1>(slot + first1, j) + array_offset(A_STATE0 + S));
+            return make_float2(
+                q8_decode<SIGNED[S], Form::USED>(__byte_perm(codes, BYTE_MAGIC, 0x7440), decode),
+                q8_decode<SIGNED[S], Form::USED>(__byte_perm(codes, BYTE_MAGIC, 0x7441), decode));
+        }
+    }
+
+    template <int S>
+    FORGE_DEVICE void store_state(u32 slot, int j, float2 s, u32 draws, u32 one,
+                                  Packed &packed) const {
+        if constexpr (STATE[S] == StateFormat::F32) {
+            shared_store_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_STATE0 + S), s);
+        } else if constexpr (STATE[S] == StateFormat::Bf16) {
+            packed.arrays[A_STATE0 + S][j % MATRICES] =
+                FORGE_STATE_STOCHASTIC ? narrow_bf16x2_stochastic(s.x, s.y, draws, one)
+                                       : narrow_bf16x2(s.x, s.y);
         }
     }
 
@@ -166,19 +202,24 @@ struct ChunkUpdate {
 
     // A chunk that is left alone goes back as it came. The model weight beside a master did not
     // come: it is the master, rounded.
-    FORGE_DEVICE void keep(u8 *slot) const {
+    FORGE_DEVICE void keep(u32 slot) const {
         if constexpr (WEIGHT == WeightFormat::Bf16F32) {
 #pragma unroll
-            for (int j = 0; j < CHUNK_COLS / 8; ++j) {
-                const float2 w = load_f32x2(slot + array_offset(A_EXTRA) + offset<4>(j));
-                store_u32(slot + array_offset(A_WEIGHT) + offset<2>(j), narrow_bf16x2(w.x, w.y));
+            for (int begin = 0; begin < CHUNK_COLS / 8; begin += MATRICES) {
+                Packed packed;
+#pragma unroll
+                for (int p = 0; p < MATRICES; ++p) {
+                    const float2 w = load_weight(slot, begin + p, packed);
+                    packed.arrays[A_WEIGHT][p] = narrow_bf16x2(w.x, w.y);
+                }
+                move_packed<false>(slot, begin, packed);
             }
         }
     }
 
     // `grad`: dW of the lane's pairs. `index`: global index of the chunk's first column in the row.
     // `scales`: of the row's q8 blocks, in shared memory.
-    FORGE_DEVICE void run(u8 *slot, const float (&grad)[CHUNK_COLS / 4], u64 index,
+    FORGE_DEVICE void run(u32 slot, const float (&grad)[CHUNK_COLS / 4], u64 index,
                           float *const (&scales)[3]) {
         constexpr int PAIRS = CHUNK_COLS / 8;
         Q8Row q8[3];
@@ -188,8 +229,9 @@ struct ChunkUpdate {
 #pragma unroll
         for (int s = 0; s < N_STATES; ++s) {
             const float scale = STATE[s] == StateFormat::Q8 ? *scales[s] : 0.0f;
-            q8[s].decode =
-                SIGNED[s] ? q8_decode_factor<true>(scale) : q8_decode_factor<false>(scale);
+            const float factor = Form::factor(step.constants, s);
+            q8[s].decode = SIGNED[s] ? q8_decode_factor<true>(scale, factor)
+                                     : q8_decode_factor<false>(scale, factor);
             q8[s].largest = 0.0f;
         }
 #pragma unroll
@@ -205,9 +247,7 @@ struct ChunkUpdate {
                 if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Bf16)
                     state_draws[2] = draws(Stream::State2, index, group);
             }
-            // Pairs that are worked on together: more hide latency, fewer leave registers to q8.
-            constexpr int TOGETHER =
-                any_q8() || (FORGE_STATE_STOCHASTIC && FORGE_TILE_COLS > 128) ? 2 : 4;
+            Packed packed[4 / MATRICES];
 #pragma unroll
             for (int begin = 0; begin < 4; begin += TOGETHER) {
                 float2 w[4], s[3][4];
@@ -215,13 +255,15 @@ struct ChunkUpdate {
 #pragma unroll
                 for (int p = begin; p < begin + TOGETHER; ++p) {
                     const int j = 4 * group + p;
-                    w[p] = load_weight(slot, j);
+                    if (j % MATRICES == 0)
+                        move_packed<true>(slot, j, packed[p / MATRICES]);
+                    w[p] = load_weight(slot, j, packed[p / MATRICES]);
                     if constexpr (N_STATES > 0)
-                        s[0][p] = load_state<0>(slot, j, q8[0].decode);
+                        s[0][p] = load_state<0>(slot, j, packed[p / MATRICES], q8[0].decode);
                     if constexpr (N_STATES > 1)
-                        s[1][p] = load_state<1>(slot, j, q8[1].decode);
+                        s[1][p] = load_state<1>(slot, j, packed[p / MATRICES], q8[1].decode);
                     if constexpr (N_STATES > 2)
-                        s[2][p] = load_state<2>(slot, j, q8[2].decode);
+                        s[2][p] = load_state<2>(slot, j, packed[p / MATRICES], q8[2].decode);
                     const float2 g = make_float2(grad[2 * j], grad[2 * j + 1]);
                     float sx[3], sy[3];
 #pragma unroll
@@ -229,8 +271,8 @@ struct ChunkUpdate {
                         sx[i] = s[i][p].x;
                         sy[i] = s[i][p].y;
                     }
-                    FORGE_RULE::update(step.constants, g.x, step.grad_scale, w[p].x, sx);
-                    FORGE_RULE::update(step.constants, g.y, step.grad_scale, w[p].y, sy);
+                    Form::update(step.constants, g.x, step.grad_scale, w[p].x, sx);
+                    Form::update(step.constants, g.y, step.grad_scale, w[p].y, sy);
 #pragma unroll
                     for (int i = 0; i < N_STATES; ++i) {
                         s[i][p] = make_float2(sx[i], sy[i]);
@@ -239,8 +281,9 @@ struct ChunkUpdate {
                                 (state_magnitudes[i] + fabsf(sx[i])) + fabsf(sy[i]);
                         if (STATE[i] == StateFormat::Q8) {
                             const float2 v =
-                                SIGNED[i] ? s[i][p]
-                                          : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
+                                SIGNED[i] || Form::USED
+                                    ? s[i][p]
+                                    : make_float2(fast_sqrt(s[i][p].x), fast_sqrt(s[i][p].y));
                             q8[i].largest = fmaxf(q8[i].largest, fmaxf(fabsf(v.x), fabsf(v.y)));
                             kept[i][2 * j] = v.x;
                             kept[i][2 * j + 1] = v.y;
@@ -249,24 +292,26 @@ struct ChunkUpdate {
                     if (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
                         magnitudes = (magnitudes + fabsf(w[p].x)) + fabsf(w[p].y);
                 }
-                const u32 mask = rounding_mask(magnitudes);
-                u32 state_mask[3];
+                const u32 one = roundable(magnitudes);
+                u32 state_one[3];
 #pragma unroll
                 for (int i = 0; i < 3; ++i)
-                    state_mask[i] = rounding_mask(state_magnitudes[i]);
+                    state_one[i] = roundable(state_magnitudes[i]);
 #pragma unroll
                 for (int p = begin; p < begin + TOGETHER; ++p) {
                     const int j = 4 * group + p;
-                    store_weight(slot, j, w[p], weight_draws.word[p], mask);
+                    store_weight(slot, j, w[p], weight_draws.word[p], one, packed[p / MATRICES]);
                     if constexpr (N_STATES > 0)
-                        store_state<0>(slot, j, s[0][p].x, s[0][p].y, state_draws[0].word[p],
-                                       state_mask[0]);
+                        store_state<0>(slot, j, s[0][p], state_draws[0].word[p], state_one[0],
+                                       packed[p / MATRICES]);
                     if constexpr (N_STATES > 1)
-                        store_state<1>(slot, j, s[1][p].x, s[1][p].y, state_draws[1].word[p],
-                                       state_mask[1]);
+                        store_state<1>(slot, j, s[1][p], state_draws[1].word[p], state_one[1],
+                                       packed[p / MATRICES]);
                     if constexpr (N_STATES > 2)
-                        store_state<2>(slot, j, s[2][p].x, s[2][p].y, state_draws[2].word[p],
-                                       state_mask[2]);
+                        store_state<2>(slot, j, s[2][p], state_draws[2].word[p], state_one[2],
+                                       packed[p / MATRICES]);
+                    if (j % MATRICES == MATRICES - 1)
+                        move_packed<false>(slot, j - j % MATRICES, packed[p / MATRICES]);
                 }
             }
         }
@@ -282,13 +327,12 @@ struct ChunkUpdate {
 
     // A quad's row of 128 columns is one block; the host takes this path for whole blocks only.
     template <int S, int KEPT>
-    FORGE_DEVICE void encode(u8 *slot, float (&values)[KEPT], float largest, float *scale,
+    FORGE_DEVICE void encode(u32 slot, float (&values)[KEPT], float largest, float *scale,
                              u64 index) const {
         static_assert(CHUNK_COLS == 128, "a chunk holds whole q8 blocks");
         constexpr bool CODE = SIGNED[S];
         largest = fminf(quad_maximum(largest), CODE ? LARGEST : LARGEST_ROOT);
         const float factor = q8_encode_factor<CODE>(largest);
-        u8 *part = slot + array_offset(A_STATE0 + S);
 #pragma unroll
         for (int group = 0; group < KEPT / 8; ++group) {
             Draws random{};
@@ -308,8 +352,8 @@ struct ChunkUpdate {
                     x = q8_encode<CODE>(values[2 * j], factor);
                     y = q8_encode<CODE>(values[2 * j + 1], factor);
                 }
-                *reinterpret_cast<u16 *>(part + offset<1>(j)) =
-                    static_cast<u16>(__byte_perm(x, y, 0x0040));
+                shared_store_u16(pair_at<1>(slot + first1, j) + array_offset(A_STATE0 + S),
+                                 __byte_perm(x, y, 0x0040));
             }
         }
         __syncwarp();

@@ -82,15 +82,16 @@ template <int DTYPE> FORGE_DEVICE void store_factor(void *data, u64 at, float va
 
 // --- q8 ---
 
-// A block's constants, from the largest |value| of it, NaN left out.
-template <bool SIGNED> struct Q8Block {
+// A block's constants, from the largest |value| of it, NaN left out. ROOT: values are roots
+// already.
+template <bool SIGNED, bool ROOT = false> struct Q8Block {
     float scale;  // as stored
     float factor; // from a root to its position among the codes
 
     FORGE_DEVICE explicit Q8Block(float largest) {
         // What overflowed counts as the largest number: 0 · ∞ would be NaN.
-        largest = fminf(largest, LARGEST);
-        if (!SIGNED)
+        largest = clamped(largest);
+        if (!SIGNED && !ROOT)
             largest = fast_sqrt(largest);
         factor = q8_encode_factor<SIGNED>(largest);
         scale = q8_stored_scale(largest);
@@ -98,13 +99,17 @@ template <bool SIGNED> struct Q8Block {
 
     // `draw` of 16 bits decides where rounding is stochastic.
     template <bool STOCHASTIC> FORGE_DEVICE u32 encode(float value, u32 draw) const {
-        value = copysignf(fminf(fabsf(value), LARGEST), value);
-        if (!SIGNED)
+        value = copysignf(clamped(fabsf(value)), value);
+        if (!SIGNED && !ROOT)
             value = fast_sqrt(value);
         const u32 code = STOCHASTIC
                              ? q8_encode_stochastic<SIGNED>(value, factor, q8_noise_low(draw))
                              : q8_encode<SIGNED>(value, factor);
         return code & 0xFFu;
+    }
+
+    FORGE_DEVICE static float clamped(float magnitude) {
+        return fminf(magnitude, ROOT ? LARGEST_ROOT : LARGEST);
     }
 };
 

@@ -35,14 +35,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const void *data = IS_WEIGHT ? arrays.weight : arrays.states[k];
     float factor = 0.0f;
     if (IS_Q8)
-        factor = q8_decode_factor<SIGNED>(arrays.scales[k][shard.scale_at(place.row, place.col)]);
+        factor =
+            q8_decode_factor<SIGNED>(arrays.scales[k][shard.scale_at(place.row, place.col)], 1.0f);
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
         const u64 col = place.col + threadIdx.x % 32 + 32 * i, at = shard.at(place.row, col);
         if (col >= shard.cols)
             continue;
         if constexpr (IS_Q8) {
-            out[at] = q8_decode<SIGNED>(BYTE_MAGIC | static_cast<const u8 *>(data)[at], factor);
+            out[at] =
+                q8_decode<SIGNED, false>(BYTE_MAGIC | static_cast<const u8 *>(data)[at], factor);
         } else if constexpr (IS_WEIGHT && FORGE_FORMAT == W_MASTER) {
             out[at] = static_cast<const float *>(arrays.extra)[at];
         } else if constexpr (IS_WEIGHT && FORGE_FORMAT == W_LOW) {

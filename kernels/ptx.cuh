@@ -30,6 +30,50 @@ FORGE_DEVICE bool elect_one() {
     return elected != 0;
 }
 
+// --- shared memory by address ---
+
+FORGE_DEVICE u32 shared_load_u16(u32 at) {
+    u16 value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at) : "memory");
+    return value;
+}
+FORGE_DEVICE void shared_store_u16(u32 at, u32 value) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(static_cast<u16>(value)) : "memory");
+}
+FORGE_DEVICE float2 shared_load_f32x2(u32 at) {
+    float2 value;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(value.x), "=f"(value.y)
+                 : "r"(at)
+                 : "memory");
+    return value;
+}
+FORGE_DEVICE void shared_store_f32x2(u32 at, float2 value) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(value.x), "f"(value.y)
+                 : "memory");
+}
+
+// A lane's pairs of 16-bit elements. One: at its own address. Four: as 8×8 matrices, of each of
+// which a lane has columns 2·(lane%4) and the next of row lane/4; the address that it gives is of
+// row lane%8 of matrix lane/8.
+FORGE_DEVICE void pairs_load(u32 at, u32 (&pairs)[1]) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[0]) : "r"(at) : "memory");
+}
+FORGE_DEVICE void pairs_store(u32 at, const u32 (&pairs)[1]) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pairs[0]) : "memory");
+}
+FORGE_DEVICE void pairs_load(u32 at, u32 (&pairs)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                 : "r"(at)
+                 : "memory");
+}
+FORGE_DEVICE void pairs_store(u32 at, const u32 (&pairs)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+                 "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+                 : "memory");
+}
+
 // --- mbarrier (9.7.13.15). Without `.release.cluster`: that spelling costs a GPU-wide fence. ---
 
 FORGE_DEVICE void barrier_init(u32 barrier, u32 count) {

@@ -16,13 +16,15 @@ constexpr float SMALLEST_NORMAL = 1.1754944e-38f, LARGEST = 3.4028235e38f;
 // The largest square root of a number.
 constexpr float LARGEST_ROOT = 1.8446743e19f;
 
-// From a scale to what one squared (signed) or one level (root) is worth.
-template <bool SIGNED> FORGE_DEVICE float q8_decode_factor(float scale) {
-    return __fmul_rn(scale, SIGNED ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f);
+// From a scale to what one squared (signed) or one level (root) is worth. `by`: multiplies what is
+// decoded.
+template <bool SIGNED> FORGE_DEVICE float q8_decode_factor(float scale, float by) {
+    return __fmul_rn(__fmul_rn(scale, SIGNED ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f), by);
 }
 
-// `code_as_float`: BYTE_MAGIC with the code in its low byte.
-template <bool SIGNED> FORGE_DEVICE float q8_decode(u32 code_as_float, float factor) {
+// `code_as_float`: BYTE_MAGIC with the code in its low byte. ROOT: of what is not negative, the
+// root.
+template <bool SIGNED, bool ROOT> FORGE_DEVICE float q8_decode(u32 code_as_float, float factor) {
     if constexpr (SIGNED) {
         const float level = __fsub_rn(bits_to_float(code_as_float), BYTE_ZERO + 128.0f);
         return __fmul_rn(__fmul_rn(level, fabsf(level)), factor);
@@ -30,7 +32,7 @@ template <bool SIGNED> FORGE_DEVICE float q8_decode(u32 code_as_float, float fac
         // level · factor: the product with a power of two that is taken away is exact.
         const float root =
             __fmaf_rn(bits_to_float(code_as_float), factor, __fmul_rn(-BYTE_ZERO, factor));
-        return __fmul_rn(root, root);
+        return ROOT ? root : __fmul_rn(root, root);
     }
 }
 
@@ -44,6 +46,11 @@ template <bool SIGNED> FORGE_DEVICE float q8_encode_factor(float scale) {
 
 FORGE_DEVICE float q8_stored_scale(float scale) { return scale < SMALLEST_NORMAL ? 0.0f : scale; }
 
+// Of sqrt(v): 1 if it is not zero, since it divides. Any number above zero rounds up to 1.
+FORGE_DEVICE float q8_least_code(float value) {
+    return __fmaf_ru(value, 2.7105054e-20f, ROUND_MAGIC); // 2^-65
+}
+
 // The code nearest to m, or to sqrt(v), in the low byte.
 template <bool SIGNED> FORGE_DEVICE u32 q8_encode(float value, float factor) {
     if constexpr (SIGNED) {
@@ -51,11 +58,7 @@ template <bool SIGNED> FORGE_DEVICE u32 q8_encode(float value, float factor) {
         return float_to_bits(
             __fmaf_rn(fast_sqrt(fabsf(value)), signed_factor, ROUND_MAGIC + 128.0f));
     } else {
-        float code = __fmaf_rn(value, factor, ROUND_MAGIC);
-        // A non-zero v never gets code 0: it divides.
-        if (value > 0.0f)
-            code = fmaxf(code, ROUND_MAGIC + 1.0f);
-        return float_to_bits(code);
+        return float_to_bits(fmaxf(__fmaf_rn(value, factor, ROUND_MAGIC), q8_least_code(value)));
     }
 }
 
@@ -80,10 +83,7 @@ FORGE_DEVICE u32 q8_encode_stochastic(float value, float factor, float noise) {
         return float_to_bits(
             __fadd_rn(copysignf(fmaxf(position, 0.0f), value), ROUND_MAGIC + 128.0f));
     } else {
-        float code = __fadd_rn(position, ROUND_MAGIC);
-        if (value > 0.0f)
-            code = fmaxf(code, ROUND_MAGIC + 1.0f);
-        return float_to_bits(code);
+        return float_to_bits(fmaxf(__fadd_rn(position, ROUND_MAGIC), q8_least_code(value)));
     }
 }
 

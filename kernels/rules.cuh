@@ -9,7 +9,25 @@ namespace forge {
 // For kernels that apply none.
 struct NoRule {
     static constexpr int STATES = 0;
+    static constexpr bool CODED = false;
     FORGE_DEVICE static void update(const float *, float, float, float &, float *) {}
+};
+
+// Where all states are stored as codes, a rule may take them in a form that is cheaper to come by:
+// multiplied by factors of its own, and non-negative states as roots, as which they go, too.
+template <class Rule, bool ALL_CODED> struct CodedForm {
+    static constexpr bool USED = ALL_CODED && Rule::CODED;
+    FORGE_DEVICE static float factor(const float *c, int state) {
+        if constexpr (USED)
+            return Rule::coded_factor(c, state);
+        return 1.0f;
+    }
+    FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
+        if constexpr (USED)
+            Rule::update_coded(c, g, scale, w, s);
+        else
+            Rule::update(c, g, scale, w, s);
+    }
 };
 
 } // namespace forge

@@ -7,53 +7,54 @@
 
 namespace forge {
 
-// Σ of a lane's dW² and whether one of them is not finite.
-struct Squares {
-    double sum = 0.0;
-    bool bad = false;
-};
+// What a consumer's lane knows of its tiles.
+struct LaneTally {
+    double sum = 0.0; // of dW²
 
-// `values`: dW, or a part of it. Bad is what is not finite, or would not be after grad_scale. For
-// q8, values whose squares would overflow then are cut to what does not.
-template <int N>
-FORGE_DEVICE void add_squares(Squares &squares, float (&values)[N], float grad_scale) {
-    const float sum = sum_of_squares(values);
-    const float limit = fabsf(grad_scale) <= 1.0f ? 3.4e38f : 3.4e38f / (grad_scale * grad_scale);
-    if (sum <= limit) {
-        squares.sum += sum;
-        return;
-    }
-    // Something that is not finite, or squares that overflow fp32, or a scale that does it.
-    const float scaled = sum_of_squares(values, SQUARE_SCALE);
-    squares.sum += static_cast<double>(scaled) / (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
-    squares.bad = squares.bad || !(scaled <= 3.4e38f);
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-        squares.bad = squares.bad || !(fabsf(values[i] * grad_scale) <= LARGEST);
-    if constexpr (any_q8()) {
-        // 0 · ∞ within a block would be NaN.
-        const float most = 1e19f / fmaxf(1.0f, fabsf(grad_scale));
+    // Looks at a lane's part of a tile, or of a chunk. True if it is not finite, or would not be
+    // after grad_scale. For q8, values whose squares would overflow then are cut to what does not.
+    // `counts`: false for a place below W, whose zeros may have met an infinity.
+    template <int N, int REGISTERS>
+    FORGE_DEVICE bool add(float (&values)[N][REGISTERS], float grad_scale, bool counts) {
+        float ordinary = 0.0f;
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            values[i] = fminf(fmaxf(values[i], -most), most);
-    }
-}
-
-// Adds a tile to the tally: each warp's lanes to that warp's sum, always by the same thread.
-FORGE_DEVICE void add_to(Tally &tally, u32 warp, double sum, bool finite) {
-    const bool small = __all_sync(0xFFFFFFFFu, sum <= 1e30);
-    float narrow = static_cast<float>(sum);
+            ordinary += sum_of_squares(values[i]);
+        // Beyond the limit something is not finite, or squares overflow, here or after grad_scale.
+        if (__builtin_expect(ordinary * fmaxf(1.0f, grad_scale * grad_scale) <= 3.4e38f, 1)) {
+            sum += ordinary;
+            return false;
+        }
+        bool bad = false;
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        if (small)
-            narrow += __shfl_down_sync(0xFFFFFFFFu, narrow, distance);
-        else
-            sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
+        for (int i = 0; i < N; ++i) {
+            const float scaled = sum_of_squares(values[i], SQUARE_SCALE);
+            if (counts)
+                sum += static_cast<double>(scaled) /
+                       (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
+            bad = bad || !(scaled <= 3.4e38f);
+#pragma unroll
+            for (int k = 0; k < REGISTERS; ++k)
+                bad = bad || !(fabsf(values[i][k] * grad_scale) <= LARGEST);
+            if constexpr (any_q8()) {
+                // 0 · ∞ within a block would be NaN.
+                const float most = 1e19f / fmaxf(1.0f, fabsf(grad_scale));
+#pragma unroll
+                for (int k = 0; k < REGISTERS; ++k)
+                    values[i][k] = fminf(fmaxf(values[i][k], -most), most);
+            }
+        }
+        return bad;
     }
+};
+
+// The lanes' sums of a warp, always by the same one.
+FORGE_DEVICE void keep_sum(Tally &tally, u32 warp, double sum) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+        sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
     if (threadIdx.x % 32 == 0)
-        tally.sums[warp] += small ? narrow : sum;
-    if (threadIdx.x % 128 == 0 && !finite)
-        ++tally.nonfinite;
+        tally.sums[warp] = sum;
 }
 
 // After all tiles: this block's tallies, and in the last block the report of all.

@@ -67,10 +67,12 @@ FORGE_DEVICE void multiply(float (&acc)[HALVES][REGISTERS], u32 token_blocks, u3
 // Waits for a chunk, works on it in place, and hands it to the DMA warp. `acc`: of one m64 half.
 template <int COL, int REGISTERS>
 FORGE_DEVICE void one_chunk(const Params &p, const float (&acc)[REGISTERS], u32 half, u32 row8,
-                            bool finite, Squares &squares, u8 *slots, u8 *slot_scales, u32 full,
-                            u32 done, Ring<SLOTS> &ring, ChunkUpdate &update, const Lane &lane) {
+                            bool finite, bool &bad, bool counts, LaneTally &tally, u32 slots,
+                            u8 *slot_scales, u32 full, u32 done, Ring<SLOTS> &ring,
+                            ChunkUpdate &update, const Lane &lane) {
     const u32 row_in_tile = half * 64 + row8 * 8;
-    float grad[CHUNK_COLS / 4];
+    float grads[1][CHUNK_COLS / 4];
+    float (&grad)[CHUNK_COLS / 4] = grads[0];
 #pragma unroll
     for (int j = 0; j < CHUNK_COLS / 8; ++j) {
         const int at = 4 * (COL / 8 + j);
@@ -78,26 +80,23 @@ FORGE_DEVICE void one_chunk(const Params &p, const float (&acc)[REGISTERS], u32 
         grad[2 * j + 1] = row8 == 0 ? acc[at + 1] : acc[at + 3];
     }
     barrier_wait(full + 8 * ring.index, ring.parity);
-    u8 *slot = slots + ring.index * SLOT_BYTES;
+    const u32 slot = slots + ring.index * SLOT_BYTES;
     if constexpr (array_spec(A_ACCUMULATOR).bytes > 0) {
 #pragma unroll
         for (int j = 0; j < CHUNK_COLS / 8; ++j) {
-            u8 *at =
-                slot + array_offset(A_ACCUMULATOR) + pair_offset<4>(j, lane.warp, lane.row, lane.q);
-            const float2 before = load_f32x2(at);
+            const u32 at = pair_at<4>(slot + update.first4, j) + array_offset(A_ACCUMULATOR);
+            const float2 before = shared_load_f32x2(at);
             grad[2 * j] = __fadd_rn(before.x, grad[2 * j]);
             grad[2 * j + 1] = __fadd_rn(before.y, grad[2 * j + 1]);
             if constexpr (MODE == Mode::Accumulate)
-                store_f32x2(at, grad[2 * j], grad[2 * j + 1]);
+                shared_store_f32x2(at, make_float2(grad[2 * j], grad[2 * j + 1]));
         }
         if constexpr (MODE != Mode::Accumulate) {
             // Here a warp's part of a chunk is what is left alone, since the rest of the buffer's
             // tile comes only when this chunk has gone.
-            Squares of_chunk;
-            add_squares(of_chunk, grad, update.step.grad_scale);
-            squares.sum += of_chunk.sum;
-            finite = !__any_sync(0xFFFFFFFFu, of_chunk.bad);
-            squares.bad = squares.bad || !finite;
+            const bool wrong = tally.add(grads, update.step.grad_scale, counts);
+            finite = !__any_sync(0xFFFFFFFFu, wrong);
+            bad = bad || !finite;
         }
     }
     if constexpr (MODE == Mode::Update) {
@@ -125,25 +124,16 @@ FORGE_DEVICE void one_chunk(const Params &p, const float (&acc)[REGISTERS], u32 
 template <int REGISTERS>
 FORGE_DEVICE void consume(const Params &p, const StepScalars &step, const RoundKeys &keys,
                           float (&acc)[HALVES][REGISTERS], u32 consumer, u8 *shared, u32 full,
-                          u32 done, Ring<SLOTS> &ring, const Lane &lane) {
-    Tally &tally = reinterpret_cast<Tally *>(shared + TALLIES_AT)[consumer];
-    // A place below W counts for nothing: its zeros may meet an infinity.
-    const bool told =
-        (p.reports[0] != nullptr || p.reports[1] != nullptr) && lane.tile_row < p.rows;
+                          u32 done, Ring<SLOTS> &ring, const Lane &lane, LaneTally &tally) {
+    const bool counts = lane.tile_row < p.rows;
     constexpr bool GUARDED = MODE != Mode::Accumulate;
     constexpr bool ADDS = array_spec(A_ACCUMULATOR).bytes > 0;
-    Squares squares;
-    bool finite = true;
-    if constexpr (GUARDED && !ADDS) {
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half)
-            add_squares(squares, acc[half], step.grad_scale);
-        finite = !named_barrier_any(OWN + consumer, 128, squares.bad);
-        if (told)
-            add_to(tally, lane.warp, squares.sum, finite);
-    }
+    bool bad = false;
+    if constexpr (GUARDED && !ADDS)
+        bad = named_barrier_any(OWN + consumer, 128, tally.add(acc, step.grad_scale, counts));
+    const bool finite = !bad;
     if constexpr (STREAMS) {
-        u8 *slots = shared + SLOTS_AT + consumer * SLOTS * SLOT_BYTES;
+        const u32 slots = shared_address(shared) + SLOTS_AT + consumer * SLOTS * SLOT_BYTES;
         u8 *slot_scales = shared + SCALES_AT + consumer * SLOTS * SLOT_SCALE_BYTES;
         ChunkUpdate update{step, keys, lane, p.draw_high};
         // One body for both m64 halves: unrolled over the whole tile, the code would outgrow the
@@ -154,14 +144,14 @@ FORGE_DEVICE void consume(const Params &p, const StepScalars &step, const RoundK
                 // Twice as long: one body for rows 0..7 and 8..15 as well. Tiles are a block wide.
 #pragma unroll 1
                 for (u32 row8 = 0; row8 < 2; ++row8)
-                    one_chunk<0>(p, acc[0], half, row8, finite, squares, slots, slot_scales, full,
-                                 done, ring, update, lane);
+                    one_chunk<0>(p, acc[0], half, row8, finite, bad, counts, tally, slots,
+                                 slot_scales, full, done, ring, update, lane);
             } else {
                 for_constants<CHUNKS / HALVES>([&](auto constant) {
                     constexpr int C = decltype(constant)::value;
                     one_chunk<C % COL_CHUNKS * CHUNK_COLS>(p, acc[0], half, C / COL_CHUNKS, finite,
-                                                           squares, slots, slot_scales, full, done,
-                                                           ring, update, lane);
+                                                           bad, counts, tally, slots, slot_scales,
+                                                           full, done, ring, update, lane);
                 });
             }
             if constexpr (HALVES == 2) {
@@ -171,11 +161,10 @@ FORGE_DEVICE void consume(const Params &p, const StepScalars &step, const RoundK
             }
         }
     }
-    if constexpr (GUARDED && ADDS) {
-        finite = !named_barrier_any(OWN + consumer, 128, squares.bad);
-        if (told)
-            add_to(tally, lane.warp, squares.sum, finite);
-    }
+    if constexpr (GUARDED && ADDS)
+        bad = named_barrier_any(OWN + consumer, 128, bad);
+    if (bad && counts && threadIdx.x % 128 == 0)
+        ++reinterpret_cast<Tally *>(shared + TALLIES_AT)[consumer].nonfinite;
 }
 
 FORGE_DEVICE void consumer_loop(const Params &p, u8 *shared, u32 consumer, u32 full, u32 empty,
@@ -190,13 +179,13 @@ FORGE_DEVICE void consumer_loop(const Params &p, u8 *shared, u32 consumer, u32 f
     const RoundKeys &keys = p.keys;
 #endif
     const Walk walk(p);
-    const u32 thread = threadIdx.x % 128;
     u32 token_blocks = 0;
     for (u32 segment = 0; segment < p.n_segments; ++segment)
         token_blocks += p.token_blocks[segment];
 
     Ring<STAGES> stage;
     Ring<SLOTS> ring;
+    LaneTally tally;
     // The mainloops take turns, so that waits on `full` never lag a whole round behind.
     const u32 mine = TURN + consumer, next = TURN + (consumer + 1) % CONSUMERS;
     if (consumer == CONSUMERS - 1)
@@ -222,10 +211,13 @@ FORGE_DEVICE void consumer_loop(const Params &p, u8 *shared, u32 consumer, u32 f
             release(empty + 8 * last.index);
         stage.advance((CONSUMERS - 1) * token_blocks); // those of the others' tiles
 
+        const u32 thread = threadIdx.x % 128;
         const Lane lane{thread / 32, thread % 32 / 4, thread % 4, tile.m * TILE_ROWS,
                         tile.n * TILE_COLS};
-        consume(p, step, keys, acc, consumer, shared, ring_full, ring_done, ring, lane);
+        consume(p, step, keys, acc, consumer, shared, ring_full, ring_done, ring, lane, tally);
     }
+    keep_sum(reinterpret_cast<Tally *>(shared + TALLIES_AT)[consumer], threadIdx.x % 128 / 32,
+             tally.sum);
 }
 
 } // namespace forge

@@ -21,21 +21,41 @@ template <bool Coupled> struct AdamRule {
         c[8] = static_cast<float>(fmax(-bias1 / (lr * sqrt(bias2)), -most));
         c[9] = static_cast<float>(sqrt(1.0 - beta2) * (Coupled ? 1.0 : grad_scale));
         c[10] = eps == 0.0 ? 0.0f : static_cast<float>(fmax(-bias1 / lr * eps, -most));
+        c[11] = static_cast<float>(beta1);
+        c[12] = static_cast<float>(sqrt(beta2));
     }
 
     // The same as on the CPU in fewer instructions: −η/(1−β₁ᵗ) divides the divisor's constants c[8]
     // and c[10], and √(1−β₂) multiplies the gradient before it is squared.
     FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
+        const float root = decay_and_root(c, g, scale, w);
+        s[0] = __fmaf_rn(c[3], __fmaf_rn(g, scale, -s[0]), s[0]);
+        s[1] = __fmaf_rn(root, root, __fmul_rn(c[4], s[1]));
+        step(c, w, s[0], fast_sqrt(s[1]));
+    }
+
+    // Both states from codes: β₁m and √β₂·√v come, m and √v go.
+    static constexpr bool CODED = true;
+    FORGE_DEVICE static float coded_factor(const float *c, int state) { return c[11 + state]; }
+    FORGE_DEVICE static void update_coded(const float *c, float g, float scale, float &w,
+                                          float *s) {
+        const float root = decay_and_root(c, g, scale, w);
+        s[0] = __fmaf_rn(g, __fmul_rn(c[3], scale), s[0]);
+        s[1] = fast_sqrt(__fmaf_rn(root, root, __fmul_rn(s[1], s[1])));
+        step(c, w, s[0], s[1]);
+    }
+
+  private:
+    // g with the coupled decay, which needs it scaled; √(1−β₂)·g.
+    FORGE_DEVICE static float decay_and_root(const float *c, float &g, float &scale, float w) {
         if (Coupled) {
             g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
             scale = 1.0f;
         }
-        const float m = __fmaf_rn(c[3], __fmaf_rn(g, scale, -s[0]), s[0]);
-        const float root = __fmul_rn(g, c[9]);
-        const float v = __fmaf_rn(root, root, __fmul_rn(c[4], s[1]));
-        s[0] = m;
-        s[1] = v;
-        const float divisor = __fmaf_rn(fast_sqrt(v), c[8], c[10]);
+        return __fmul_rn(g, c[9]);
+    }
+    FORGE_DEVICE static void step(const float *c, float &w, float m, float root) {
+        const float divisor = __fmaf_rn(root, c[8], c[10]);
         w = __fmaf_rn(w, c[2], __fmul_rn(m, fast_reciprocal(divisor)));
     }
 };

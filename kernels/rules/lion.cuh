@@ -26,6 +26,7 @@ struct Lion {
         w = __fsub_rn(__fmul_rn(w, c[1]), step);
         s[0] = __fmaf_rn(c[4], m, __fmul_rn(c[5], g));
     }
+    static constexpr bool CODED = false;
 };
 
 } // namespace forge

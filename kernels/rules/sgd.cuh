@@ -31,6 +31,7 @@ template <u32 Flags> struct SgdRule {
         }
         w = __fmaf_rn(-c[0], direction, w);
     }
+    static constexpr bool CODED = false;
 };
 
 } // namespace forge
