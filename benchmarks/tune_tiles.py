@@ -48,7 +48,7 @@ def candidates(weight_format: str, state_format: str) -> Iterator[tuple[int, ...
         for tokens, cluster in product((32, 64), (1, 2)):
             ring = consumers * slots * (32 * chunk * element + (384 if q8 else 0) + 16)
             stage = tokens * 2 * (rows + cols) + 16
-            stages = min(8 * 64 // tokens, (SHARED_BYTES - ring - 40 * consumers - 164) // stage)
+            stages = min(8 * 64 // tokens, (SHARED_BYTES - ring - 40 * consumers - 140) // stage)
             if stages * tokens >= 128:
                 yield rows, cols, tokens, stages, chunk, slots, cluster, consumers
 

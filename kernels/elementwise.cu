@@ -110,7 +110,7 @@ struct RunDraws {
 // for lane j; the lanes then transpose the 4 × 4 words. All lanes of the warp take part.
 FORGE_DEVICE RunDraws shared_draws(const StepScalars &step, Stream stream, u64 global) {
     const u32 q = threadIdx.x & 3u;
-    const Draws d = draw_call(step, stream, global / 32, q);
+    const Draws d = block_draws(step, stream, global / 32, q);
     u32 a = d.word[0], b = d.word[1], c = d.word[2], e = d.word[3];
     {
         const bool odd = q & 1u;

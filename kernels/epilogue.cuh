@@ -183,12 +183,17 @@ struct ChunkUpdate {
     }
 
     // The draws of 32 columns: word j for the pair (8·j + 2·q, + 1).
-    // `index`: of the lane's row at the chunk's first column; `group`: which 32 columns of the
-    // chunk.
-    FORGE_DEVICE Draws draws(Stream stream, u64 index, u32 group) const {
+    // `index`: of the lane's row at the chunk's first column, which begins with the second 32 of 64
+    // if `shifted`; `group`: which 32 columns of the chunk.
+    FORGE_DEVICE Draws draws(Stream stream, u64 index, bool shifted, u32 group) const {
 #if FORGE_DRAWS_ALIGNED
-        const u32 call = static_cast<u32>(index / 32 * 4) + lane.q + 4 * group;
-        return draw_call(step, keys, stream, call, draw_high);
+        // The same call for both halves of 64 columns: the compiler makes it once. The upper word
+        // of its number is the same for all, so the first round and half of the second are, too.
+        const u32 block = group + shifted;
+        const u32 call = static_cast<u32>(index / 64 * 4) + lane.q + 4 * (block / 2);
+        const u32 high = draw_high | own_calls(stream);
+        return stream_draws(stream, philox4x32_7(call, high, step.step, step.seed_high, keys),
+                            block % 2 != 0);
 #else
         Draws d;
 #pragma unroll
@@ -217,9 +222,9 @@ struct ChunkUpdate {
         }
     }
 
-    // `grad`: dW of the lane's pairs. `index`: global index of the chunk's first column in the row.
-    // `scales`: of the row's q8 blocks, in shared memory.
-    FORGE_DEVICE void run(u32 slot, const float (&grad)[CHUNK_COLS / 4], u64 index,
+    // `grad`: dW of the lane's pairs. `index`, `shifted`: see `draws`. `scales`: of the row's q8
+    // blocks, in shared memory.
+    FORGE_DEVICE void run(u32 slot, const float (&grad)[CHUNK_COLS / 4], u64 index, bool shifted,
                           float *const (&scales)[3]) {
         constexpr int PAIRS = CHUNK_COLS / 8;
         Q8Row q8[3];
@@ -238,14 +243,14 @@ struct ChunkUpdate {
         for (int group = 0; group < PAIRS / 4; ++group) {
             Draws weight_draws{}, state_draws[3]{};
             if constexpr (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
-                weight_draws = draws(Stream::Weight, index, group);
+                weight_draws = draws(Stream::Weight, index, shifted, group);
             if constexpr (FORGE_STATE_STOCHASTIC) {
                 if constexpr (N_STATES > 0 && STATE[0] == StateFormat::Bf16)
-                    state_draws[0] = draws(Stream::State0, index, group);
+                    state_draws[0] = draws(Stream::State0, index, shifted, group);
                 if constexpr (N_STATES > 1 && STATE[1] == StateFormat::Bf16)
-                    state_draws[1] = draws(Stream::State1, index, group);
+                    state_draws[1] = draws(Stream::State1, index, shifted, group);
                 if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Bf16)
-                    state_draws[2] = draws(Stream::State2, index, group);
+                    state_draws[2] = draws(Stream::State2, index, shifted, group);
             }
             Packed packed[4 / MATRICES];
 #pragma unroll
@@ -338,8 +343,8 @@ struct ChunkUpdate {
             Draws random{};
             // Drawn again rather than kept: registers are what is short.
             if constexpr (FORGE_STATE_STOCHASTIC)
-                random =
-                    draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index, group);
+                random = draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index,
+                               false, group);
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
                 const int j = 4 * group + p;

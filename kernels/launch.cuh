@@ -90,7 +90,8 @@ struct Walk {
           places((p.tiles_m + CLUSTER - 1) / CLUSTER * p.tiles_n),
           rows_of_places((p.tiles_m + CLUSTER - 1) / CLUSTER) {}
 
-    // In groups of `group_m` rows of places, down the rows first.
+    // In groups of `group_m` rows of places, down the rows first, to the right and in the next
+    // group back again: the columns of X where it turns are still in the L2.
     FORGE_DEVICE TileIndex tile(const Params &p, u32 place) const {
         const u32 per_group = p.group_m * p.tiles_n;
         const u32 group = place / per_group, within = place % per_group;
@@ -99,7 +100,8 @@ struct Walk {
         u32 m = first_row + within % height;
         if (CLUSTER > 1)
             m = m * CLUSTER + cluster_rank();
-        return {m, within / height};
+        const u32 n = within / height;
+        return {m, group % 2 == 0 ? n : p.tiles_n - 1 - n};
     }
 };
 

@@ -1,8 +1,9 @@
-// Philox4x32-10 (Salmon et al., SC 2011), the same numbers as src/philox.rs.
+// Philox4x32-7 (Salmon et al., SC 2011), the same numbers as src/philox.rs.
 //
-// One call gives eight elements 16 bits each. Which eight: of every 32 consecutive elements of the
-// global matrix, those that one lane of a quad holds in an mma accumulator, so that no lane draws
-// for another: call 4·(index/32) + (index%8)/2, word (index%32)/8, half index%2.
+// One call gives 16 elements 16 bits each. Which: of every 64 consecutive elements of the global
+// matrix, those that one lane of a quad holds in an mma accumulator, so that no lane draws for
+// another: call 4·(index/64) + (index%8)/2, word (index%32)/8, half index%2. Elements 32..63 take
+// the halves with their bytes exchanged.
 #pragma once
 #include "prelude.cuh"
 
@@ -12,24 +13,26 @@ struct Draws {
     u32 word[4]; // word j: elements 8j + 2q and 8j + 2q + 1 of the block of 32
 };
 
-// The keys of the ten rounds. From a kernel's parameters they are operands that cost no register.
+constexpr u32 PHILOX_ROUNDS = 7;
+
+// The keys of all rounds. From a kernel's parameters they are operands that cost no register.
 struct RoundKeys {
-    u32 key[10][2];
+    u32 key[PHILOX_ROUNDS][2];
 };
 
 FORGE_DEVICE RoundKeys round_keys(const StepScalars &s) {
     RoundKeys keys;
 #pragma unroll
-    for (u32 round = 0; round < 10; ++round) {
+    for (u32 round = 0; round < PHILOX_ROUNDS; ++round) {
         keys.key[round][0] = s.key[0] + round * 0x9E3779B9u;
         keys.key[round][1] = s.key[1] + round * 0xBB67AE85u;
     }
     return keys;
 }
 
-FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys &keys) {
+FORGE_DEVICE Draws philox4x32_7(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys &keys) {
 #pragma unroll
-    for (int round = 0; round < 10; ++round) {
+    for (u32 round = 0; round < PHILOX_ROUNDS; ++round) {
         const u64 p0 = static_cast<u64>(0xD2511F53u) * c0;
         const u64 p1 = static_cast<u64>(0xCD9E8D57u) * c2;
         c0 = static_cast<u32>(p1 >> 32) ^ c1 ^ keys.key[round][0];
@@ -40,47 +43,39 @@ FORGE_DEVICE Draws philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, const RoundKeys
     return {{c0, c1, c2, c3}};
 }
 
-// Weight and the first two states draw from one call: other bytes decide, and any two of the three
-// are independent in their upper 8 bits. The third state has calls of its own.
+// Weight and the first two states draw from one call: different sums of a word's bytes are on top,
+// so that any two draws are independent in their upper 8 bits. The third state has calls of its
+// own.
 enum class Stream : u32 { Weight = 0, State0 = 1, State1 = 2, State2 = 3 };
 
-FORGE_DEVICE u32 stream_bits(Stream stream, u32 word) {
+// `second`: for elements 32..63.
+FORGE_DEVICE u32 stream_bits(Stream stream, u32 word, bool second) {
+    const u32 by8 = __byte_perm(word, 0, 0x2103), by16 = __byte_perm(word, 0, 0x1032);
     if (stream == Stream::State0)
-        return __byte_perm(word, 0, 0x2301);
+        word ^= by8;
     if (stream == Stream::State1)
-        return word ^ ((word << 8) & 0xFF00FF00u);
-    return word;
+        word ^= by8 ^ by16;
+    return second ? __byte_perm(word, 0, 0x2301) : word;
 }
-FORGE_DEVICE Draws stream_draws(Stream stream, Draws d) {
+FORGE_DEVICE Draws stream_draws(Stream stream, Draws d, bool second) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-        d.word[j] = stream_bits(stream, d.word[j]);
+        d.word[j] = stream_bits(stream, d.word[j], second);
     return d;
 }
-FORGE_DEVICE u32 counter_high(Stream stream, u64 group) {
-    return (static_cast<u32>(group >> 32) & 0x00FFFFFFu) |
-           (stream == Stream::State2 ? 3u << 24 : 0u);
-}
+FORGE_DEVICE u32 own_calls(Stream stream) { return stream == Stream::State2 ? 3u << 24 : 0u; }
 
-// The call of (block of 32 elements, lane q of 0..3).
-FORGE_DEVICE Draws draw_call(const StepScalars &s, Stream stream, u64 block, u32 q) {
-    const u64 group = block * 4 + q;
-    return stream_draws(stream, philox4x32_10(static_cast<u32>(group), counter_high(stream, group),
-                                              s.step, s.seed_high, round_keys(s)));
-}
-
-// The same from the call's number, where the upper word of all numbers is the same: then the first
-// round and half of the second are the same for all lanes.
-FORGE_DEVICE Draws draw_call(const StepScalars &s, const RoundKeys &keys, Stream stream, u32 call,
-                             u32 high) {
-    if (stream == Stream::State2)
-        high |= 3u << 24;
-    return stream_draws(stream, philox4x32_10(call, high, s.step, s.seed_high, keys));
+// Of a block of 32 elements: the draws of lane q of 0..3.
+FORGE_DEVICE Draws block_draws(const StepScalars &s, Stream stream, u64 block, u32 q) {
+    const u64 call = block / 2 * 4 + q;
+    const u32 high = (static_cast<u32>(call >> 32) & 0x00FFFFFFu) | own_calls(stream);
+    const Draws d = philox4x32_7(static_cast<u32>(call), high, s.step, s.seed_high, round_keys(s));
+    return stream_draws(stream, d, block % 2 != 0);
 }
 
 // The 16 bits of one element, at the price of a call each: for elements that share no block.
 FORGE_DEVICE u32 draw_one(const StepScalars &s, Stream stream, u64 index) {
-    const Draws d = draw_call(s, stream, index / 32, (static_cast<u32>(index) & 7u) / 2);
+    const Draws d = block_draws(s, stream, index / 32, (static_cast<u32>(index) & 7u) / 2);
     const u32 j = (static_cast<u32>(index) & 31u) / 8;
     const u32 low = j & 1 ? d.word[1] : d.word[0];
     const u32 high = j & 1 ? d.word[3] : d.word[2];

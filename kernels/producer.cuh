@@ -15,6 +15,9 @@ FORGE_DEVICE void load_factors(const Params &p, u8 *shared, u32 full, u32 empty)
     for (u32 place = walk.first; place < walk.places; place += walk.step) {
         const TileIndex tile = walk.tile(p, place);
         const i32 row = tile.m * TILE_ROWS, col = tile.n * TILE_COLS;
+        // Others read the same factors, now and later; weights and states, which are read once,
+        // must not push them out. What the last places leave behind is of no use to anybody.
+        const u64 policy = place + walk.step < walk.places ? L2_KEEP : L2_LET_GO;
         for (u32 segment = 0; segment < p.n_segments; ++segment) {
             const TensorMap *dy = &p.dy[segment];
             const TensorMap *x = &p.x[segment];
@@ -29,16 +32,17 @@ FORGE_DEVICE void load_factors(const Params &p, u8 *shared, u32 full, u32 empty)
                     barrier_arrive_expect(barrier, STAGE_BYTES);
 #pragma unroll
                     for (int i = 0; i < TILE_ROWS / 64; ++i)
-                        tma_load_2d(target + i * ATOM_BYTES, dy, barrier, row + 64 * i, token);
+                        tma_load_2d(target + i * ATOM_BYTES, dy, barrier, row + 64 * i, token,
+                                    policy);
 #pragma unroll
                     for (int i = 0; i < TILE_COLS / 64; ++i) {
                         const u32 at = target + STAGE_A + i * ATOM_BYTES + rank * X_TOKENS * 128;
                         const i32 feature = col + 64 * i, first = token + rank * X_TOKENS;
                         if constexpr (CLUSTER == 1)
-                            tma_load_2d(at, x, barrier, feature, first);
+                            tma_load_2d(at, x, barrier, feature, first, policy);
                         else
                             tma_load_2d_multicast(at, x, barrier, feature, first,
-                                                  (1u << CLUSTER) - 1);
+                                                  (1u << CLUSTER) - 1, policy);
                     }
                 }
                 stage.advance();

@@ -153,20 +153,27 @@ FORGE_DEVICE bool named_barrier_any(u32 id, u32 threads, bool predicate) {
 FORGE_DEVICE void tensor_map_prefetch(const TensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-FORGE_DEVICE void tma_load_2d(u32 target, const TensorMap *map, u32 barrier, i32 c0, i32 c1) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%3, %4}], [%2];" ::"r"(target),
-                 "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+// How long the L2 should keep what is loaded: the values of `createpolicy` for all of an access.
+constexpr u64 L2_KEEP = 0x14F0000000000000ull;   // evict_last
+constexpr u64 L2_LET_GO = 0x12F0000000000000ull; // evict_first
+
+FORGE_DEVICE void tma_load_2d(u32 target, const TensorMap *map, u32 barrier, i32 c0, i32 c1,
+                              u64 policy) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes."
+                 "L2::cache_hint "
+                 "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
+                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "l"(policy)
                  : "memory");
 }
 // To the same place in each block of the cluster whose bit is set in `blocks`, telling each one's
 // barrier.
 FORGE_DEVICE void tma_load_2d_multicast(u32 target, const TensorMap *map, u32 barrier, i32 c0,
-                                        i32 c1, u32 blocks) {
+                                        i32 c1, u32 blocks, u64 policy) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes."
-                 "multicast::cluster "
-                 "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
-                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(static_cast<u16>(blocks))
+                 "multicast::cluster.L2::cache_hint "
+                 "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(target),
+                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(static_cast<u16>(blocks)),
+                 "l"(policy)
                  : "memory");
 }
 FORGE_DEVICE void tma_load_3d(u32 target, const TensorMap *map, u32 barrier, i32 c0, i32 c1,

@@ -109,7 +109,7 @@ FORGE_DEVICE void one_chunk(const Params &p, const float (&acc)[REGISTERS], u32 
         const u32 row = lane.tile_row + row_in_tile + lane.warp * 16 + lane.row;
         const u64 index = p.first_index + row * p.global_cols + lane.tile_col + COL;
         if (finite)
-            update.run(slot, grad, index, scales);
+            update.run(slot, grad, index, COL / 32 % 2 != 0, scales);
         else
             update.keep(slot);
     }

@@ -10,9 +10,9 @@ use super::parameters::KernelStep;
 use super::{sources, specialise};
 use crate::error::Result;
 use crate::format::{Dtype, Rounding, StateFormat, WeightFormat};
-use crate::philox::round_keys;
+use crate::philox::{ROUNDS, round_keys};
 use crate::rule::MAX_STATES;
-use policy::{Tile, choose, shared_bytes};
+use policy::{Tile, choose, rows_together, shared_bytes};
 
 /// `forge::Array`: weight, extra, three states, accumulator.
 const ARRAYS: usize = 6;
@@ -65,7 +65,7 @@ struct Params<const SEGMENTS: usize> {
     first_index: u64,
     global_cols: u64,
     step: KernelStep,
-    keys: [[u32; 2]; 10],
+    keys: [[u32; 2]; ROUNDS],
     reports: [DevicePtr; 2],
     partials: DevicePtr,
     counter: DevicePtr,
@@ -310,7 +310,7 @@ impl Call<'_> {
         }
         let Shard { rows, cols, .. } = *self.shard;
         let properties = self.gpu.properties();
-        let tokens = self.factors.iter().map(|f| f.tokens as u64).sum();
+        let tokens = self.tokens();
         let most = properties.shared_memory_per_block;
         let streams = self.streams();
         let (height, width) = (rows as u64, cols as u64);
@@ -328,17 +328,21 @@ impl Call<'_> {
         Ok(true)
     }
 
-    /// Numbers of the first and the last of the shard's Philox calls, 8 elements each.
+    /// Numbers of the first and the last of the shard's Philox calls, 16 elements each.
     fn calls(&self) -> (u64, u64) {
         let Shard { rows, cols, .. } = *self.shard;
-        (self.shard.global_index(0, 0) / 8, self.shard.global_index(rows - 1, cols - 1) / 8)
+        (self.shard.global_index(0, 0) / 16, self.shard.global_index(rows - 1, cols - 1) / 16)
+    }
+
+    fn tokens(&self) -> u64 {
+        self.factors.iter().map(|f| f.tokens as u64).sum()
     }
 
     fn specialisation(&self, tile: &Tile, segments: usize) -> Specialisation {
         let shard = self.shard;
         let (first, last) = self.calls();
-        let whole_draws = shard.global_index(0, 0).is_multiple_of(32)
-            && shard.global_cols.is_multiple_of(32)
+        let whole_draws = shard.global_index(0, 0).is_multiple_of(64)
+            && shard.global_cols.is_multiple_of(64)
             && first >> 32 == last >> 32;
         Specialisation {
             mode: self.mode,
@@ -362,6 +366,7 @@ impl Call<'_> {
         let (tiles_m, tiles_n) =
             (rows.div_ceil(tile.rows as usize) as u32, cols.div_ceil(tile.cols as usize) as u32);
         let rows_of_places = tiles_m.div_ceil(tile.cluster);
+        let sm_count = self.gpu.properties().sm_count;
         let scalars = &self.step.value;
         let mut params = Params::<SEGMENTS> {
             arrays: [[EMPTY; 2]; ARRAYS],
@@ -374,8 +379,7 @@ impl Call<'_> {
             cols: cols as u32,
             tiles_m,
             tiles_n,
-            // Along the shorter side first: the factor of the longer one is then read once.
-            group_m: if tiles_m <= tiles_n { rows_of_places } else { 1 },
+            group_m: rows_together(tile, rows as u64, cols as u64, self.tokens(), sm_count),
             first_index: self.shard.global_index(0, 0),
             global_cols: self.shard.global_cols,
             step: self.step,
@@ -407,7 +411,7 @@ impl Call<'_> {
                 }
             }
             let places = rows_of_places * tiles_n;
-            let blocks = (self.gpu.properties().sm_count / tile.cluster).min(places) * tile.cluster;
+            let blocks = (sm_count / tile.cluster).min(places) * tile.cluster;
             let kernel = Kernel {
                 source: sources::WGRAD_SM90,
                 defines: &self.specialisation(tile, SEGMENTS).defines(self.scheme),

@@ -62,6 +62,7 @@ const PREFERENCES: [Preference; 3] = [
         most_tokens: 3072,
         tiles: &[
             tile(192, (7, 32), (64, 3), 2),
+            tile(192, (7, 32), (64, 2), 2),
             tile(128, (8, 32), (64, 2), 2),
             tile(128, (8, 32), (32, 3), 2),
             tile(128, (8, 32), (32, 2), 2),
@@ -81,13 +82,20 @@ const PREFERENCES: [Preference; 3] = [
     },
 ];
 
-/// q8 blocks are 128 columns, so chunks are as well.
-const Q8: [Tile; 4] = [
-    tile(128, (4, 64), (128, 3), 1),
-    tile(128, (4, 64), (128, 2), 1),
-    tile(128, (6, 32), (128, 2), 1),
-    tile(128, (4, 32), (128, 1), 1),
+/// q8 blocks are 128 columns, so chunks and tiles are as well. Few tokens, then many.
+const Q8: [Preference; 2] = [
+    Preference { most_tokens: 1536, tiles: &q8_tiles(1) },
+    Preference { most_tokens: u64::MAX, tiles: &q8_tiles(2) },
 ];
+
+const fn q8_tiles(cluster: u32) -> [Tile; 4] {
+    [
+        tile(128, (8, 32), (128, 3), cluster),
+        tile(128, (8, 32), (128, 2), cluster),
+        tile(128, (6, 32), (128, 2), cluster),
+        tile(128, (4, 32), (128, 1), 1),
+    ]
+}
 
 /// Bytes of dynamic shared memory; `forge::SHARED_BYTES` of kernels/launch.cuh.
 pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
@@ -97,7 +105,7 @@ pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
     let rings = tile.consumers * tile.slots;
     let barriers = 8 * 2 * (tile.stages + rings);
     let tallies = 40 * tile.consumers;
-    let scalars = 164;
+    let scalars = 140;
     stages + rings * (slot + scales) + barriers + tallies + scalars
 }
 
@@ -106,6 +114,28 @@ fn waves(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
     let places =
         rows.div_ceil(u64::from(tile.rows * tile.cluster)) * cols.div_ceil(tile.cols.into());
     places.div_ceil(u64::from(sm_count / tile.cluster)) * u64::from(tile.rows * tile.cols) / 64
+}
+
+/// Bytes of a factor that stay in the L2 from one wave of tiles to the next: less than half of an
+/// H200's, whose two halves each keep a copy of what their multiprocessors read.
+const KEPT_BYTES: u64 = 24 << 20;
+
+/// How many rows of places (tiles, or clusters of tiles below each other) are walked together, down
+/// these rows first.
+///
+/// Along the shorter side of dW the longer side's factor is read once, and the other again and again
+/// from the L2. Where that does not fit there, each wave of tiles is made as square as the number of
+/// places in a wave allows, which reads the fewest rows and columns.
+pub fn rows_together(tile: &Tile, rows: u64, cols: u64, tokens: u64, sm_count: u32) -> u32 {
+    let height = tile.rows * tile.cluster;
+    let rows_of_places = rows.div_ceil(height.into()) as u32;
+    if rows.min(cols) * tokens * 2 <= KEPT_BYTES {
+        return if rows <= cols { rows_of_places } else { 1 };
+    }
+    let wave = sm_count / tile.cluster;
+    let edge = |down: u32| down * height + wave / down * tile.cols;
+    let down = (1..=wave).filter(|down| wave.is_multiple_of(*down)).min_by_key(|d| edge(*d));
+    down.unwrap_or(1).min(rows_of_places)
 }
 
 /// The environment variable by which `benchmarks/tune_tiles.py` tries tiles.
@@ -149,10 +179,8 @@ pub fn choose(
         }
         return tile;
     }
-    if streams.q8 {
-        return Q8.iter().find(fits).copied();
-    }
-    let preference = PREFERENCES.iter().find(|p| tokens <= p.most_tokens)?;
+    let preferences: &[Preference] = if streams.q8 { &Q8 } else { &PREFERENCES };
+    let preference = preferences.iter().find(|p| tokens <= p.most_tokens)?;
     let mut tiles = preference.tiles.iter().filter(fits);
     let first = *tiles.next()?;
     // An eighth more waves eats up what the wider tile saves.
@@ -197,6 +225,17 @@ mod tests {
         {
             assert_eq!(parse(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn factors_that_leave_the_l2_are_walked_in_squares() {
+        let wide = tile(192, (4, 64), (64, 2), 2);
+        let down = |rows, cols, tokens| rows_together(&wide, rows, cols, tokens, H200.0);
+        assert_eq!(down(28672, 4096, 512), 1);
+        assert_eq!(down(4096, 14336, 512), 16);
+        // 66 pairs of tiles: 6 × 256 rows and 11 × 192 columns.
+        assert_eq!(down(28672, 4096, 4096), 6);
+        assert_eq!(down(512, 100_000, 100_000), 2);
     }
 
     #[test]
