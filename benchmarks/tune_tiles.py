@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 SHARED_BYTES = 232_448
+# As policy.rs has them.
+TILE_ROWS, CONSUMERS = 128, 2
 # Bytes that stream for each element of W.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "bf16+fp32": 6, "bf16+16": 4}
 STATE_BYTES = {"fp32": 4, "bf16": 2, "q8": 1}
@@ -35,22 +37,21 @@ def candidates(weight_format: str, state_format: str) -> Iterator[tuple[int, ...
     """Tiles that fit shared memory, each with as many stages as fit.
 
     Yields:
-        rows, columns, tokens of a stage, stages, columns of a chunk, slots, cluster, consumers.
+        columns, tokens of a stage, stages, columns of a chunk, slots, cluster.
     """
     element = WEIGHT_BYTES[weight_format] + 2 * STATE_BYTES[state_format]
     q8 = state_format == "q8"
-    tiles = ((128, 128, 2), (128, 192, 2), (64, 128, 2), (64, 128, 3))
-    for (rows, cols, consumers), chunk, slots in product(tiles, (32, 64, 128), (1, 2, 3, 4)):
+    for cols, chunk, slots in product((128, 192), (32, 64, 128), (1, 2, 3, 4)):
         if cols % chunk or (q8 and (chunk != 128 or cols != 128)):
             continue
-        if not 60_000 <= 32 * chunk * element * slots * consumers <= 170_000:
+        if not 60_000 <= 32 * chunk * element * slots * CONSUMERS <= 170_000:
             continue
         for tokens, cluster in product((32, 64), (1, 2)):
-            ring = consumers * slots * (32 * chunk * element + (384 if q8 else 0) + 16)
-            stage = tokens * 2 * (rows + cols) + 16
-            stages = min(8 * 64 // tokens, (SHARED_BYTES - ring - 40 * consumers - 140) // stage)
+            ring = CONSUMERS * slots * (32 * chunk * element + (384 if q8 else 0) + 16)
+            stage = tokens * 2 * (TILE_ROWS + cols) + 16
+            stages = min(8 * 64 // tokens, (SHARED_BYTES - ring - 40 * CONSUMERS - 140) // stage)
             if stages * tokens >= 128:
-                yield rows, cols, tokens, stages, chunk, slots, cluster, consumers
+                yield cols, tokens, stages, chunk, slots, cluster
 
 
 def main() -> None:

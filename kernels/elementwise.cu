@@ -27,13 +27,8 @@ constexpr bool STATE_SIGNED = (K == 0   ? FORGE_STATE0_KIND
 enum : int { F32 = 0, BF16 = 1, Q8 = 2 };                      // state formats
 enum : int { W_F32 = 0, W_BF16 = 1, W_MASTER = 2, W_LOW = 3 }; // weight formats
 constexpr bool WEIGHT_DRAWS = FORGE_WEIGHT_FORMAT == W_BF16 && FORGE_WEIGHT_STOCHASTIC != 0;
-constexpr bool all_q8() {
-    bool all = N_STATES > 0;
-    for (int k = 0; k < N_STATES; ++k)
-        all = all && STATE_FORMAT[k] == Q8;
-    return all;
-}
-using Form = CodedForm<FORGE_RULE, all_q8()>;
+using Form = CodedForm<FORGE_RULE, all_coded(N_STATES, STATE_FORMAT[0] == Q8, STATE_FORMAT[1] == Q8,
+                                             STATE_FORMAT[2] == Q8)>;
 template <int K> constexpr bool STATE_DRAWS = FORGE_STATE_STOCHASTIC != 0 && STATE_FORMAT[K] != F32;
 
 // Blocks that share an SM: three where the registers suffice, for more loads in flight.

@@ -1,5 +1,5 @@
-// What happens to a warpgroup's tile of dW in registers: the non-finite guard, the sum of squares,
-// and the rule over its weights and states, which stream through shared memory chunk by chunk.
+// What happens to a warpgroup's tile of dW in registers: the rule over its weights and states,
+// which stream through shared memory chunk by chunk.
 #pragma once
 #include "arrays.cuh"
 #include "formats.cuh"
@@ -49,13 +49,7 @@ FORGE_DEVICE float quad_maximum(float x) {
 
 // --- the tile ---
 
-constexpr bool all_q8() {
-    bool all = N_STATES > 0;
-    for (int i = 0; i < N_STATES; ++i)
-        all = all && is_q8(i);
-    return all;
-}
-using Form = CodedForm<FORGE_RULE, all_q8()>;
+using Form = CodedForm<FORGE_RULE, all_coded(N_STATES, is_q8(0), is_q8(1), is_q8(2))>;
 
 // A lane's place in the tile and what it needs of the launch.
 struct Lane {
@@ -65,19 +59,6 @@ struct Lane {
     u32 tile_row; // of W here
     u32 tile_col;
 };
-
-// Σ (scale · value)². Not finite if a value is not, or if squares overflow; with SQUARE_SCALE they
-// cannot.
-constexpr float SQUARE_SCALE = 8.4703295e-22f; // 2^-70
-template <int N> FORGE_DEVICE float sum_of_squares(const float (&values)[N], float scale = 1.0f) {
-    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const float x = __fmul_rn(values[i], scale);
-        sums[i % 4] = __fmaf_rn(x, x, sums[i % 4]);
-    }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
 
 // The rule over one chunk of a lane's row: CHUNK_COLS columns, a pair of every eight. Reads the
 // arrays from a slot and writes them back to it.
@@ -121,7 +102,7 @@ struct ChunkUpdate {
         });
     }
 
-    // Pair j of the chunk. `packed`: of its 32 columns.
+    // Pair j of the chunk. `packed`: of the pairs that move with it.
     FORGE_DEVICE float2 load_weight(u32 slot, int j, const Packed &packed) const {
         if constexpr (WEIGHT == WeightFormat::F32) {
             return shared_load_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_WEIGHT));
@@ -211,13 +192,13 @@ struct ChunkUpdate {
         if constexpr (WEIGHT == WeightFormat::Bf16F32) {
 #pragma unroll
             for (int begin = 0; begin < CHUNK_COLS / 8; begin += MATRICES) {
-                Packed packed;
+                u32 weights[MATRICES];
 #pragma unroll
                 for (int p = 0; p < MATRICES; ++p) {
-                    const float2 w = load_weight(slot, begin + p, packed);
-                    packed.arrays[A_WEIGHT][p] = narrow_bf16x2(w.x, w.y);
+                    const float2 w = load_weight(slot, begin + p, Packed{});
+                    weights[p] = narrow_bf16x2(w.x, w.y);
                 }
-                move_packed<false>(slot, begin, packed);
+                pairs_store(pair_at<2>(slot + first2, begin) + array_offset(A_WEIGHT), weights);
             }
         }
     }

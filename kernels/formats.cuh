@@ -87,10 +87,11 @@ template <int DTYPE> FORGE_DEVICE void store_factor(void *data, u64 at, float va
 template <bool SIGNED, bool ROOT = false> struct Q8Block {
     float scale;  // as stored
     float factor; // from a root to its position among the codes
+    float most;   // of a value, before its root is taken
 
     FORGE_DEVICE explicit Q8Block(float largest) {
         // What overflowed counts as the largest number: 0 · ∞ would be NaN.
-        largest = clamped(largest);
+        most = largest = fminf(largest, ROOT && !SIGNED ? LARGEST_ROOT : LARGEST);
         if (!SIGNED && !ROOT)
             largest = fast_sqrt(largest);
         factor = q8_encode_factor<SIGNED>(largest);
@@ -99,17 +100,14 @@ template <bool SIGNED, bool ROOT = false> struct Q8Block {
 
     // `draw` of 16 bits decides where rounding is stochastic.
     template <bool STOCHASTIC> FORGE_DEVICE u32 encode(float value, u32 draw) const {
-        value = copysignf(clamped(fabsf(value)), value);
+        // Also for a NaN, as in the fused kernel.
+        value = copysignf(fminf(fabsf(value), most), value);
         if (!SIGNED && !ROOT)
             value = fast_sqrt(value);
         const u32 code = STOCHASTIC
                              ? q8_encode_stochastic<SIGNED>(value, factor, q8_noise_low(draw))
                              : q8_encode<SIGNED>(value, factor);
         return code & 0xFFu;
-    }
-
-    FORGE_DEVICE static float clamped(float magnitude) {
-        return fminf(magnitude, ROOT ? LARGEST_ROOT : LARGEST);
     }
 };
 

@@ -7,12 +7,12 @@
 
 namespace forge {
 
-constexpr int TILE_ROWS = FORGE_TILE_ROWS, TILE_COLS = FORGE_TILE_COLS,
-              TILE_TOKENS = FORGE_TILE_TOKENS;
+// A tile's rows are two accumulators of 64.
+constexpr int HALVES = 2, TILE_ROWS = 64 * HALVES;
+constexpr int TILE_COLS = FORGE_TILE_COLS, TILE_TOKENS = FORGE_TILE_TOKENS;
 constexpr int STAGES = FORGE_STAGES;
-// Accumulators of 64 rows each.
-constexpr int HALVES = TILE_ROWS / 64;
-constexpr int CONSUMERS = FORGE_CONSUMERS;
+// Warpgroups that take turns: the registers are enough for two.
+constexpr int CONSUMERS = 2;
 // Blocks that work on tiles below each other in step and share the loads of X: each loads some of
 // the tokens for both. The L2's two halves exchange less then, and that exchange is what saturates
 // first.
@@ -21,7 +21,7 @@ constexpr int THREADS = 128 * (CONSUMERS + 1);
 
 // One TMA box of a factor: TILE_TOKENS tokens × 64 features, 128-byte swizzle.
 constexpr u32 ATOM_BYTES = TILE_TOKENS * 128;
-constexpr u32 STAGE_A = TILE_ROWS / 64 * ATOM_BYTES;
+constexpr u32 STAGE_A = HALVES * ATOM_BYTES;
 constexpr u32 STAGE_BYTES = STAGE_A + TILE_COLS / 64 * ATOM_BYTES;
 
 constexpr int COL_CHUNKS = TILE_COLS / CHUNK_COLS;
@@ -61,7 +61,7 @@ struct Params {
     TensorMap x[FORGE_MAX_SEGMENTS];
     u32 token_blocks[FORGE_MAX_SEGMENTS]; // of TILE_TOKENS
     u32 n_segments;
-    u32 rows, cols; // of W
+    u32 rows; // of W
     u32 tiles_m, tiles_n;
     u32 group_m;     // rows of places (see Walk) that are walked together, for reuse in the L2
     u64 first_index; // global index of W's first element here

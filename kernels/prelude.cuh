@@ -41,10 +41,11 @@ struct StepSource {
     const StepScalars *device; // null: use `value`
 };
 
-// What a tile tells about itself; a reduction in a fixed order makes a report of them.
+// What a tile, or all tiles of a consumer, tell about themselves; a reduction in a fixed order
+// makes a report of them.
 struct TilePartial {
     double sum_of_squares; // of dW, before grad_scale
-    u32 nonfinite;         // 1 where dW was not finite: the tile was left alone
+    u32 nonfinite;         // tiles where dW was not finite: they were left alone
     u32 reserved;
 };
 

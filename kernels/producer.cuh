@@ -16,8 +16,9 @@ FORGE_DEVICE void load_factors(const Params &p, u8 *shared, u32 full, u32 empty)
         const TileIndex tile = walk.tile(p, place);
         const i32 row = tile.m * TILE_ROWS, col = tile.n * TILE_COLS;
         // Others read the same factors, now and later; weights and states, which are read once,
-        // must not push them out. What the last places leave behind is of no use to anybody.
-        const u64 policy = place + walk.step < walk.places ? L2_KEEP : L2_LET_GO;
+        // must not push them out. What the last wave leaves behind is of no use to anybody.
+        const bool last_wave = place - walk.first + walk.step >= walk.places;
+        const u64 policy = last_wave ? L2_LET_GO : L2_KEEP;
         for (u32 segment = 0; segment < p.n_segments; ++segment) {
             const TensorMap *dy = &p.dy[segment];
             const TensorMap *x = &p.x[segment];
@@ -31,7 +32,7 @@ FORGE_DEVICE void load_factors(const Params &p, u8 *shared, u32 full, u32 empty)
                 if (leader) {
                     barrier_arrive_expect(barrier, STAGE_BYTES);
 #pragma unroll
-                    for (int i = 0; i < TILE_ROWS / 64; ++i)
+                    for (int i = 0; i < HALVES; ++i)
                         tma_load_2d(target + i * ATOM_BYTES, dy, barrier, row + 64 * i, token,
                                     policy);
 #pragma unroll

@@ -1,6 +1,6 @@
-// The PTX instructions of sm_90 that CUDA C++ has no name for: barriers in shared memory, the
-// tensor memory accelerator (TMA), register re-allocation. PTX ISA 8.x, the sections named beside
-// each.
+// The PTX instructions of sm_90 that CUDA C++ has no name for: shared memory by address and as
+// matrices, barriers in it, the tensor memory accelerator (TMA), register re-allocation. PTX
+// ISA 8.x, the sections named beside each.
 #pragma once
 #include "prelude.cuh"
 
@@ -30,7 +30,7 @@ FORGE_DEVICE bool elect_one() {
     return elected != 0;
 }
 
-// --- shared memory by address ---
+// --- shared memory by address; ldmatrix and stmatrix (9.7.14.5) ---
 
 FORGE_DEVICE u32 shared_load_u16(u32 at) {
     u16 value;
@@ -150,9 +150,6 @@ FORGE_DEVICE bool named_barrier_any(u32 id, u32 threads, bool predicate) {
 
 // --- TMA (9.7.9.27) ---
 
-FORGE_DEVICE void tensor_map_prefetch(const TensorMap *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // How long the L2 should keep what is loaded: the values of `createpolicy` for all of an access.
 constexpr u64 L2_KEEP = 0x14F0000000000000ull;   // evict_last
 constexpr u64 L2_LET_GO = 0x12F0000000000000ull; // evict_first

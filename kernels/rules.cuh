@@ -13,6 +13,10 @@ struct NoRule {
     FORGE_DEVICE static void update(const float *, float, float, float &, float *) {}
 };
 
+constexpr bool all_coded(int states, bool first, bool second, bool third) {
+    return states > 0 && first && (states < 2 || second) && (states < 3 || third);
+}
+
 // Where all states are stored as codes, a rule may take them in a form that is cheaper to come by:
 // multiplied by factors of its own, and non-negative states as roots, as which they go, too.
 template <class Rule, bool ALL_CODED> struct CodedForm {

@@ -7,6 +7,19 @@
 
 namespace forge {
 
+// Σ (scale · value)². Not finite if a value is not, or if squares overflow; with SQUARE_SCALE they
+// cannot.
+constexpr float SQUARE_SCALE = 8.4703295e-22f; // 2^-70
+template <int N> FORGE_DEVICE float sum_of_squares(const float (&values)[N], float scale = 1.0f) {
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const float x = __fmul_rn(values[i], scale);
+        sums[i % 4] = __fmaf_rn(x, x, sums[i % 4]);
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // What a consumer's lane knows of its tiles.
 struct LaneTally {
     double sum = 0.0; // of dW²
@@ -20,8 +33,10 @@ struct LaneTally {
 #pragma unroll
         for (int i = 0; i < N; ++i)
             ordinary += sum_of_squares(values[i]);
-        // Beyond the limit something is not finite, or squares overflow, here or after grad_scale.
-        if (__builtin_expect(ordinary * fmaxf(1.0f, grad_scale * grad_scale) <= 3.4e38f, 1)) {
+        // Beyond the limit something is not finite, grad_scale included, or squares overflow,
+        // before it or after.
+        const float by = fabsf(grad_scale) <= 1.0f ? 1.0f : grad_scale * grad_scale;
+        if (__builtin_expect(ordinary * by <= 3.4e38f, 1)) {
             sum += ordinary;
             return false;
         }

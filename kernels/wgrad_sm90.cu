@@ -64,20 +64,22 @@ FORGE_DEVICE void multiply(float (&acc)[HALVES][REGISTERS], u32 token_blocks, u3
     }
 }
 
-// Waits for a chunk, works on it in place, and hands it to the DMA warp. `acc`: of one m64 half.
-template <int COL, int REGISTERS>
-FORGE_DEVICE void one_chunk(const Params &p, const float (&acc)[REGISTERS], u32 half, u32 row8,
-                            bool finite, bool &bad, bool counts, LaneTally &tally, u32 slots,
-                            u8 *slot_scales, u32 full, u32 done, Ring<SLOTS> &ring,
-                            ChunkUpdate &update, const Lane &lane) {
-    const u32 row_in_tile = half * 64 + row8 * 8;
+// Waits for the chunk of columns from COL on and of rows 0..7 (ROW8 0) or 8..15 of every 16, works
+// on it in place, and hands it to the DMA warp. `acc`: of one m64 half.
+template <int COL, u32 ROW8, int REGISTERS>
+FORGE_DEVICE void one_chunk(const Params &p, const float (&acc)[REGISTERS], u32 half, bool finite,
+                            bool &bad, bool counts, LaneTally &tally, u32 slots, u8 *slot_scales,
+                            u32 full, u32 done, Ring<SLOTS> &ring, ChunkUpdate &update,
+                            const Lane &lane) {
+    const u32 row_in_tile = half * 64 + ROW8 * 8;
     float grads[1][CHUNK_COLS / 4];
     float (&grad)[CHUNK_COLS / 4] = grads[0];
 #pragma unroll
     for (int j = 0; j < CHUNK_COLS / 8; ++j) {
-        const int at = 4 * (COL / 8 + j);
-        grad[2 * j] = row8 == 0 ? acc[at] : acc[at + 2];
-        grad[2 * j + 1] = row8 == 0 ? acc[at + 1] : acc[at + 3];
+        constexpr u32 FIRST = COL / 2 + 2 * ROW8;
+        const u32 at = FIRST + 4 * j;
+        grad[2 * j] = acc[at];
+        grad[2 * j + 1] = acc[at + 1];
     }
     barrier_wait(full + 8 * ring.index, ring.parity);
     const u32 slot = slots + ring.index * SLOT_BYTES;
@@ -140,25 +142,15 @@ FORGE_DEVICE void consume(const Params &p, const StepScalars &step, const RoundK
         // instruction cache, which costs more than moving the second half's accumulators.
 #pragma unroll 1
         for (u32 half = 0; half < HALVES; ++half) {
-            if constexpr (any_q8()) {
-                // Twice as long: one body for rows 0..7 and 8..15 as well. Tiles are a block wide.
-#pragma unroll 1
-                for (u32 row8 = 0; row8 < 2; ++row8)
-                    one_chunk<0>(p, acc[0], half, row8, finite, bad, counts, tally, slots,
-                                 slot_scales, full, done, ring, update, lane);
-            } else {
-                for_constants<CHUNKS / HALVES>([&](auto constant) {
-                    constexpr int C = decltype(constant)::value;
-                    one_chunk<C % COL_CHUNKS * CHUNK_COLS>(p, acc[0], half, C / COL_CHUNKS, finite,
-                                                           bad, counts, tally, slots, slot_scales,
-                                                           full, done, ring, update, lane);
-                });
-            }
-            if constexpr (HALVES == 2) {
+            for_constants<CHUNKS / HALVES>([&](auto constant) {
+                constexpr int C = decltype(constant)::value;
+                one_chunk<C % COL_CHUNKS * CHUNK_COLS, C / COL_CHUNKS>(
+                    p, acc[0], half, finite, bad, counts, tally, slots, slot_scales, full, done,
+                    ring, update, lane);
+            });
 #pragma unroll
-                for (int i = 0; i < REGISTERS; ++i)
-                    acc[0][i] = acc[1][i];
-            }
+            for (int i = 0; i < REGISTERS; ++i)
+                acc[0][i] = acc[1][i];
         }
     }
     if constexpr (GUARDED && ADDS)
@@ -271,7 +263,7 @@ extern "C" __global__ void FORGE_CLUSTER_ATTRIBUTE __launch_bounds__(forge::THRE
                           rings + 16 * SLOTS * consumer, rings + 16 * SLOTS * consumer + 8 * SLOTS);
         }
     } else {
-        registers_raise<CONSUMERS == 2 ? 240 : 160>();
+        registers_raise<240>();
         consumer_loop(p, shared, group, full, empty, rings + 16 * SLOTS * group,
                       rings + 16 * SLOTS * group + 8 * SLOTS);
     }

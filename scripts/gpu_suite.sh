@@ -131,6 +131,25 @@ part_tests() {
         "$scratch/tests.xml"
 }
 
+# in_parts OUTPUT COMMAND...: COMMAND tests/gpu/sanitize.py in four processes, which share the cases; their
+# output, one after the other, and the highest of their exit statuses.
+in_parts() {
+    local output=$1 part count=4 status highest=0 processes=()
+    shift
+    for ((part = 1; part <= count; part++)); do
+        limited "${FORGE_LIMIT_SANITIZE:-240}" "$@" tests/gpu/sanitize.py --part "$part/$count" \
+            >"$scratch/part$part.txt" 2>&1 &
+        processes+=("$!")
+    done
+    for part in "${processes[@]}"; do
+        status=0
+        wait "$part" || status=$?
+        if ((status > highest)); then highest=$status; fi
+    done
+    for ((part = 1; part <= count; part++)); do cat "$scratch/part$part.txt"; done >"$output"
+    return "$highest"
+}
+
 part_sanitize() {
     local sanitizer tool arguments status runs=()
     sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
@@ -140,15 +159,14 @@ part_sanitize() {
     fi
     read -ra arguments <<<"${FORGE_SANITIZER_ARGS-}"
     # Compiled outside of the tool, so that its time goes into checking.
-    limited "${FORGE_LIMIT_SANITIZE:-240}" "$python" tests/gpu/sanitize.py >"$scratch/plain.txt" 2>&1 || {
+    in_parts "$scratch/plain.txt" "$python" || {
         tail -n 20 "$scratch/plain.txt"
         return 1
     }
     for tool in memcheck racecheck; do
         status=0
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "${FORGE_LIMIT_SANITIZE:-240}" "$sanitizer" \
-            --tool "$tool" --error-exitcode 9 --print-limit 20 "${arguments[@]}" \
-            "$python" tests/gpu/sanitize.py >"$out/sanitize_$tool.txt" 2>&1 || status=$?
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 in_parts "$out/sanitize_$tool.txt" "$sanitizer" \
+            --tool "$tool" --error-exitcode 9 --print-limit 20 "${arguments[@]}" "$python" || status=$?
         runs+=("$tool=$status=$out/sanitize_$tool.txt")
     done
     "$python" benchmarks/suite_summary.py sanitize --out "$out/sanitize.json" \

@@ -14,8 +14,8 @@
 const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
-/// Elements that take each a half of a word of four calls. Two such blocks share the calls.
-const BLOCK: u64 = 32;
+/// Elements that share four Philox calls.
+const BLOCK: u64 = 64;
 
 /// Rounds of Philox.
 pub const ROUNDS: usize = 7;
@@ -121,18 +121,18 @@ impl Noise {
         }
     }
 
-    /// The draws of 32 consecutive elements, from four calls.
+    /// The draws of 64 consecutive elements: four calls.
     #[inline(always)]
     fn block(&self, stream: Stream, block: u64) -> [u16; BLOCK as usize] {
         let mut out = [0; BLOCK as usize];
         for lane in 0..4 {
-            let words = self.call(stream, block / 2 * 4 + lane as u64);
-            for (j, mut word) in words.into_iter().enumerate() {
-                if block % 2 == 1 {
-                    word = exchanged(word);
+            let words = self.call(stream, 4 * block + lane as u64);
+            for (j, word) in words.into_iter().enumerate() {
+                let at = 8 * j + 2 * lane;
+                for (first, word) in [(at, word), (at + 32, exchanged(word))] {
+                    out[first] = word as u16;
+                    out[first + 1] = (word >> 16) as u16;
                 }
-                out[8 * j + 2 * lane] = word as u16;
-                out[8 * j + 2 * lane + 1] = (word >> 16) as u16;
             }
         }
         out

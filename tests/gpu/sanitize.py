@@ -82,12 +82,18 @@ def main() -> None:
     """Run all of it; what the library does not support is named, not failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="AdamW with bf16 weights alone")
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--part", default="1/1", metavar="K/N", help="every N-th case from the K-th on"
+    )
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    if not 1 <= part <= parts:
+        parser.error(f"--part {options.part}: K is from 1 to N")
     if not torch.cuda.is_available():
         sys.exit("sanitize: no NVIDIA GPU that torch can use")
     torch.manual_seed(1)
     calls, refused = 0, 0
-    for rule, formats, factor in cases(quick):
+    for rule, formats, factor in cases(options.quick)[part - 1 :: parts]:
         for shape in SHAPES:
             for tokens in TOKENS:
                 name = f"{rule.name} {'/'.join(formats)} {shape} {tokens} {factor}"

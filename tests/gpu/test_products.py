@@ -23,6 +23,7 @@ from gpu_cases import (
     to_gpu,
 )
 
+from forge_train._structs import DeviceStructs, report_of
 from forge_train.native import Segment
 
 pytestmark = needs_gpu
@@ -39,6 +40,8 @@ CASES = [
     Case("lion", "bf16", "bf16"),
     Case("adamw", "fp32", "fp32"),
     Case("adamw", "fp32", "q8"),
+    Case("adamw", "bf16+fp32", "bf16"),
+    Case("adamw", "bf16", "fp32"),
 ]
 #: out, in, tokens of each segment
 SHAPES = [
@@ -158,7 +161,7 @@ def test_adversarial_factors(case, kind):
     _check(case, rows, cols, to_gpu([Segment.of(segment.dy, segment.x)]))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[8], CASES[10]], ids=str)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_nonfinite_factor_leaves_its_tiles_alone(case, value):
     """The tiles concerned keep every bit and are counted; all others are as without it."""
@@ -193,7 +196,7 @@ def test_a_nonfinite_factor_leaves_its_tiles_alone(case, value):
         assert torch.equal(state[700], old[700])
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[10]], ids=str)
 def test_a_nonfinite_buffer_leaves_its_elements_alone(case):
     """The same where the non-finite number comes from the buffer that is added to the product."""
     rows, cols = 512, 512
@@ -212,6 +215,23 @@ def test_a_nonfinite_buffer_leaves_its_elements_alone(case):
     assert changed.float().mean() > 0.4, "more than the tiles concerned was left alone"
     assert linear.export_weight(storage).isfinite().all()
     assert storage.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[8]], ids=str)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_nonfinite_scale_leaves_everything_alone(case, value):
+    """Scalars in device memory, as a loss scale that overflowed: nobody has checked them."""
+    rows, cols = 512, 512
+    segments = to_gpu(_segments(case, rows, cols, [128]))
+    linear = linear_on(DEVICE, case.spec(rows, cols))
+    storage, untouched = initial(linear), initial(linear)
+    numbers = linear.device_scalars(linear.scalars({}, step=2, seed=3))
+    numbers.view(torch.float64)[2] = value  # grad_scale, after step and seed
+    structs = DeviceStructs("forge_report", 1, linear.device)
+    linear.update(segments, storage, numbers, report=structs.rows[0])
+    report = structs.read(report_of)[0]
+    assert report.nonfinite_tiles == report.tiles > 0
+    assert_same_bits(storage, untouched, case)
 
 
 def test_the_largest_of_a_q8_block_never_wraps_around():
@@ -236,7 +256,9 @@ TWO_PHASE = [*CASES, Case("adam", "bf16", "bf16"), Case("sgd", "bf16", "fp32")]
 
 
 @pytest.mark.parametrize("case", TWO_PHASE, ids=ids(TWO_PHASE))
-@pytest.mark.parametrize("shape", [(136, 264, [100, 7]), (4096, 1024, [512])], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(136, 264, [100, 7]), (4096, 1024, [512]), (1536, 2048, [4096])], ids=str
+)
 def test_fused_is_two_phase_bit_for_bit(case, shape):
     """A dW stored by ``accumulate``, then the rule: the bits of the fused update."""
     rows, cols, counts = shape

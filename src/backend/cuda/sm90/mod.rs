@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::format::{Dtype, Rounding, StateFormat, WeightFormat};
 use crate::philox::{ROUNDS, round_keys};
 use crate::rule::MAX_STATES;
-use policy::{Tile, choose, rows_together, shared_bytes};
+use policy::{CONSUMERS, TILE_ROWS, Tile, choose, rows_together, shared_bytes};
 
 /// `forge::Array`: weight, extra, three states, accumulator.
 const ARRAYS: usize = 6;
@@ -58,7 +58,6 @@ struct Params<const SEGMENTS: usize> {
     token_blocks: [u32; SEGMENTS],
     n_segments: u32,
     rows: u32,
-    cols: u32,
     tiles_m: u32,
     tiles_n: u32,
     group_m: u32,
@@ -100,7 +99,7 @@ pub struct Specialisation {
     pub tile: Tile,
     /// Whether a buffer is added to it.
     pub accumulator: bool,
-    /// Whether blocks of 32 draws (see kernels/philox.cuh) begin where rows of the shard do, and the
+    /// Whether blocks of 64 draws (see kernels/philox.cuh) begin where rows of the shard do, and the
     /// upper words of their numbers are all the same.
     pub whole_draws: bool,
     /// Whether the step's scalars are in device memory.
@@ -128,14 +127,12 @@ impl Specialisation {
         define("DRAWS_ALIGNED", u32::from(whole_draws));
         define("DEVICE_STEP", u32::from(self.device_step));
         define("MAX_SEGMENTS", self.segments as u32);
-        define("TILE_ROWS", self.tile.rows);
         define("TILE_COLS", self.tile.cols);
         define("TILE_TOKENS", self.tile.tokens);
         define("STAGES", self.tile.stages);
         define("CHUNK_COLS", self.tile.chunk_cols);
         define("SLOTS", self.tile.slots);
         define("CLUSTER", self.tile.cluster);
-        define("CONSUMERS", self.tile.consumers);
         out
     }
 }
@@ -328,7 +325,8 @@ impl Call<'_> {
         Ok(true)
     }
 
-    /// Numbers of the first and the last of the shard's Philox calls, 16 elements each.
+    /// The first and the last of the shard's elements over 16, as many as a Philox call serves: their upper
+    /// words are those of the calls' numbers.
     fn calls(&self) -> (u64, u64) {
         let Shard { rows, cols, .. } = *self.shard;
         (self.shard.global_index(0, 0) / 16, self.shard.global_index(rows - 1, cols - 1) / 16)
@@ -364,7 +362,7 @@ impl Call<'_> {
     ) -> Result<()> {
         let Shard { rows, cols, .. } = *self.shard;
         let (tiles_m, tiles_n) =
-            (rows.div_ceil(tile.rows as usize) as u32, cols.div_ceil(tile.cols as usize) as u32);
+            (rows.div_ceil(TILE_ROWS as usize) as u32, cols.div_ceil(tile.cols as usize) as u32);
         let rows_of_places = tiles_m.div_ceil(tile.cluster);
         let sm_count = self.gpu.properties().sm_count;
         let scalars = &self.step.value;
@@ -376,7 +374,6 @@ impl Call<'_> {
             token_blocks: [0; SEGMENTS],
             n_segments: self.factors.len() as u32,
             rows: rows as u32,
-            cols: cols as u32,
             tiles_m,
             tiles_n,
             group_m: rows_together(tile, rows as u64, cols as u64, self.tokens(), sm_count),
@@ -418,7 +415,7 @@ impl Call<'_> {
                 name: "forge_wgrad_sm90",
                 what: &specialise::name(self.scheme),
                 grid: [blocks, 1, 1],
-                block: 128 * (tile.consumers + 1),
+                block: 128 * (CONSUMERS + 1),
                 shared_bytes: shared_bytes(tile, streams),
             };
             self.gpu.run(kernel, &mut parameters!(params), stream)

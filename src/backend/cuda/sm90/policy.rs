@@ -13,9 +13,7 @@ use super::Streams;
 /// A tile and how it is fed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
-    /// Rows of dW.
-    pub rows: u32,
-    /// Columns.
+    /// Columns of dW.
     pub cols: u32,
     /// Tokens of a stage of factors.
     pub tokens: u32,
@@ -27,9 +25,12 @@ pub struct Tile {
     pub slots: u32,
     /// Blocks that share the loads of X.
     pub cluster: u32,
-    /// Warpgroups that take turns.
-    pub consumers: u32,
 }
+
+/// Rows of every tile, and warpgroups that take turns: `forge::TILE_ROWS`, `forge::CONSUMERS`.
+pub const TILE_ROWS: u32 = 128;
+/// See [`TILE_ROWS`].
+pub const CONSUMERS: u32 = 2;
 
 const fn tile(
     cols: u32,
@@ -37,7 +38,7 @@ const fn tile(
     (chunk_cols, slots): (u32, u32),
     cluster: u32,
 ) -> Tile {
-    Tile { rows: 128, cols, tokens, stages, chunk_cols, slots, cluster, consumers: 2 }
+    Tile { cols, tokens, stages, chunk_cols, slots, cluster }
 }
 
 /// In order of preference for up to so many tokens; the first that fits is taken. Tuned on an H200 with
@@ -55,7 +56,6 @@ const PREFERENCES: [Preference; 3] = [
             tile(128, (8, 32), (64, 2), 1),
             tile(128, (8, 32), (32, 3), 1),
             tile(128, (8, 32), (32, 2), 1),
-            tile(128, (4, 32), (32, 2), 1),
         ],
     },
     Preference {
@@ -66,7 +66,6 @@ const PREFERENCES: [Preference; 3] = [
             tile(128, (8, 32), (64, 2), 2),
             tile(128, (8, 32), (32, 3), 2),
             tile(128, (8, 32), (32, 2), 2),
-            tile(128, (4, 32), (32, 2), 1),
         ],
     },
     Preference {
@@ -77,7 +76,6 @@ const PREFERENCES: [Preference; 3] = [
             tile(192, (6, 32), (32, 3), 2),
             tile(128, (8, 32), (64, 2), 2),
             tile(128, (8, 32), (32, 2), 2),
-            tile(128, (4, 32), (32, 2), 1),
         ],
     },
 ];
@@ -99,12 +97,12 @@ const fn q8_tiles(cluster: u32) -> [Tile; 4] {
 
 /// Bytes of dynamic shared memory; `forge::SHARED_BYTES` of kernels/launch.cuh.
 pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
-    let stages = tile.stages * tile.tokens * 2 * (tile.rows + tile.cols);
+    let stages = tile.stages * tile.tokens * 2 * (TILE_ROWS + tile.cols);
     let slot = 32 * tile.chunk_cols * streams.bytes;
     let scales = if streams.q8 { 3 * 32 * 4 } else { 0 };
-    let rings = tile.consumers * tile.slots;
+    let rings = CONSUMERS * tile.slots;
     let barriers = 8 * 2 * (tile.stages + rings);
-    let tallies = 40 * tile.consumers;
+    let tallies = 40 * CONSUMERS;
     let scalars = 140;
     stages + rings * (slot + scales) + barriers + tallies + scalars
 }
@@ -112,8 +110,8 @@ pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
 /// What one multiprocessor has to multiply, in units of 64 elements of dW.
 fn waves(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
     let places =
-        rows.div_ceil(u64::from(tile.rows * tile.cluster)) * cols.div_ceil(tile.cols.into());
-    places.div_ceil(u64::from(sm_count / tile.cluster)) * u64::from(tile.rows * tile.cols) / 64
+        rows.div_ceil(u64::from(TILE_ROWS * tile.cluster)) * cols.div_ceil(tile.cols.into());
+    places.div_ceil(u64::from(sm_count / tile.cluster)) * u64::from(TILE_ROWS * tile.cols) / 64
 }
 
 /// Bytes of a factor that stay in the L2 from one wave of tiles to the next: less than half of an
@@ -127,7 +125,7 @@ const KEPT_BYTES: u64 = 24 << 20;
 /// from the L2. Where that does not fit there, each wave of tiles is made as square as the number of
 /// places in a wave allows, which reads the fewest rows and columns.
 pub fn rows_together(tile: &Tile, rows: u64, cols: u64, tokens: u64, sm_count: u32) -> u32 {
-    let height = tile.rows * tile.cluster;
+    let height = TILE_ROWS * tile.cluster;
     let rows_of_places = rows.div_ceil(height.into()) as u32;
     if rows.min(cols) * tokens * 2 <= KEPT_BYTES {
         return if rows <= cols { rows_of_places } else { 1 };
@@ -141,22 +139,20 @@ pub fn rows_together(tile: &Tile, rows: u64, cols: u64, tokens: u64, sm_count: u
 /// The environment variable by which `benchmarks/tune_tiles.py` tries tiles.
 const OVERRIDE: &str = "FORGE_SM90_TILE";
 
-/// `rows,cols,tokens,stages,chunk_cols,slots,cluster,consumers`.
+/// `cols,tokens,stages,chunk_cols,slots,cluster`.
 pub fn parse(text: &str) -> Option<Tile> {
     let numbers: Vec<u32> =
         text.split(',').map(|n| n.trim().parse().ok()).collect::<Option<_>>()?;
-    let [rows, cols, tokens, stages, chunk_cols, slots, cluster, consumers] = numbers[..] else {
+    let [cols, tokens, stages, chunk_cols, slots, cluster] = numbers[..] else {
         return None;
     };
-    let tile = Tile { rows, cols, tokens, stages, chunk_cols, slots, cluster, consumers };
-    // What the kernel is written for; three warpgroups have registers for 64 rows each.
-    let known = [64, 128].contains(&rows)
-        && [128, 192].contains(&cols)
+    let tile = Tile { cols, tokens, stages, chunk_cols, slots, cluster };
+    // What the kernel is written for.
+    let known = [128, 192].contains(&cols)
         && [32, 64].contains(&tokens)
         && [32, 64, 128].contains(&chunk_cols)
         && cols.is_multiple_of(chunk_cols)
         && [1, 2].contains(&cluster)
-        && (consumers == 2 || consumers == 3 && rows == 64 && cols == 128)
         && (2..=16).contains(&stages)
         && (1..=8).contains(&slots);
     known.then_some(tile)
@@ -218,11 +214,9 @@ mod tests {
 
     #[test]
     fn a_tile_can_be_named() {
-        let tile = parse("64,128,32,6,128,2,2,3").unwrap();
-        assert_eq!((tile.rows, tile.stages, tile.consumers), (64, 6, 3));
-        for wrong in
-            ["", "64,128", "128,128,32,6,128,2,2,3", "64,128,32,6,96,2,2,2", "a,b,c,d,e,f,g,h"]
-        {
+        let tile = parse("192,32,7,64,3,2").unwrap();
+        assert_eq!(tile, super::tile(192, (7, 32), (64, 3), 2));
+        for wrong in ["", "192,32", "192,32,7,96,3,2", "a,b,c,d,e,f"] {
             assert_eq!(parse(wrong), None, "{wrong}");
         }
     }
