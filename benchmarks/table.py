@@ -18,7 +18,6 @@ from typing import Any
 from targets import TARGETS, speed_verdicts
 
 Row = dict[str, Any]
-Shape = tuple[int, int]
 
 BEGIN = "<!-- begin: benchmarks/table.py -->"
 END = "<!-- end: benchmarks/table.py -->"

@@ -8,29 +8,21 @@ FORGE_SM90_TILE names the tile to the library. What came of it is in sm90/policy
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from environment import environment, write_json
+from points import formats, numbers, shapes
+
 SHARED_BYTES = 232_448
 # As policy.rs has them.
 TILE_ROWS, CONSUMERS = 128, 2
-# Bytes that stream for each element of W.
+# Bytes of a chunk's place in shared memory for each element of W: both ways use the same.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "bf16+fp32": 6, "bf16+16": 4}
 STATE_BYTES = {"fp32": 4, "bf16": 2, "q8": 1}
-
-
-def shapes(text: str) -> list[tuple[int, ...]]:
-    """``OUTxIN,...``."""
-    return [tuple(map(int, item.split("x"))) for item in text.split(",")]
-
-
-def formats(text: str) -> list[tuple[str, ...]]:
-    """``WEIGHT/STATE,...``."""
-    return [tuple(item.split("/")) for item in text.split(",")]
 
 
 def candidates(weight_format: str, state_format: str) -> Iterator[tuple[int, ...]]:
@@ -60,7 +52,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shapes", type=shapes, default=[(28672, 4096)], metavar="OUTxIN,...")
-    parser.add_argument("--tokens", default="512,1024,2048,4096")
+    parser.add_argument("--tokens", type=numbers, default=[512, 1024, 2048, 4096], metavar="N,...")
     parser.add_argument("--formats", type=formats, default=[("bf16", "bf16")])
     parser.add_argument("--state-rounding", default="nearest")
     parser.add_argument("--only", help="a part of a tile's name, to try fewer")
@@ -77,14 +69,17 @@ def main() -> None:
     import torch
     from measure import Meter, Timing
 
-    meter = Meter(Timing(bursts=5), None)
+    timing = Timing(bursts=5)
+    meter = Meter(timing, None)
+    result = environment()
+    result["conditions"] = {**timing.conditions, "states": options.state_rounding}
     rows: list[dict[str, Any]] = []
     for shape, pair in product(options.shapes, options.formats):
         count = 1 if shape[0] * shape[1] > 5e7 else 3
         parameters = [layers.Parameter(shape, *pair) for _ in range(count)]
         for parameter in parameters:
             parameter.fill()
-        for tokens in map(int, options.tokens.split(",")):
+        for tokens in options.tokens:
             pool = layers.Factors(shape, tokens * len(parameters))
             times = {}
             for tile in candidates(*pair):
@@ -112,7 +107,8 @@ def main() -> None:
             )
             rows.append({"shape": shape, "formats": pair, "tokens": tokens, "us": dict(best)})
             if options.out:
-                options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                result["rows"] = rows
+                write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,9 @@ from typing import Any
 
 import targets
 from environment import environment, slug, write_json
+from points import Formats, Shape, formats, numbers, shapes
 
 # torch and triton are imported where there is something to measure: --check needs neither.
-
-Shape = tuple[int, int]
-Formats = tuple[str, str]
 
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 PRIMARY: tuple[Shape, ...] = ((28672, 4096), (4096, 14336))
@@ -490,17 +488,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def shapes(text: str) -> list[Shape]:
-        pairs = (item.lower().split("x") for item in text.split(","))
-        return [(int(out), int(columns)) for out, columns in pairs]
-
-    def formats(text: str) -> list[Formats]:
-        pairs = (item.split("/") for item in text.split(","))
-        return [(weight, state) for weight, state in pairs]
-
-    def numbers(text: str) -> list[int]:
-        return [int(item) for item in text.split(",")]
 
     def names(text: str) -> list[str]:
         chosen = text.split(",")

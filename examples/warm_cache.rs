@@ -1,4 +1,4 @@
-//! Compiles the fused kernel for tiles named on standard input (`WEIGHT/STATE ROWS,COLS,…`, as
+//! Compiles the fused kernel for tiles named on standard input (`WEIGHT/STATE COLS,…`, as
 //! `benchmarks/tune_tiles.py --list` prints them) into a cache directory, on a machine without a GPU:
 //!
 //!     python benchmarks/tune_tiles.py --list --formats bf16/bf16 |
