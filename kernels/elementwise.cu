@@ -219,12 +219,12 @@ template <int K> FORGE_DEVICE StateRun load_state(const ShardArrays &arrays, con
     return run;
 }
 
-template <int K> FORGE_DEVICE float state_value(const StateRun &run, int i, float factor) {
+// `worth`: of a level, where the state is stored as codes.
+template <int K> FORGE_DEVICE float state_value(const StateRun &run, int i, float worth) {
     if constexpr (STATE_FORMAT[K] == BF16)
         return formats::widen_bf16(run.half.value[i]);
     if constexpr (STATE_FORMAT[K] == Q8)
-        return q8_decode<STATE_SIGNED<K>, Form::USED>(
-            BYTE_MAGIC | run.codes.value[i], q8_decode_factor<STATE_SIGNED<K>>(run.scale, factor));
+        return q8_decode<STATE_SIGNED<K>, Form::USED>(BYTE_MAGIC | run.codes.value[i], worth);
     return run.full.value[i];
 }
 
@@ -256,7 +256,8 @@ FORGE_DEVICE void store_state(const ShardArrays &arrays, const Place &place, con
 #pragma unroll
         for (int distance = LANES / 2; distance > 0; distance /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
-        const formats::Q8Block<STATE_SIGNED<K>, Form::USED> block(largest);
+        const formats::Q8Block<STATE_SIGNED<K>, Form::USED> block(largest,
+                                                                  Form::unit(step.constants, K));
         Run<u8> run;
 #pragma unroll
         for (int i = 0; i < RUN; ++i)
@@ -286,20 +287,29 @@ FORGE_DEVICE Memory load(const ShardArrays &arrays, const Place &place) {
     return memory;
 }
 
+template <int K> FORGE_DEVICE float level_worth(const Memory &memory, const StepScalars &step) {
+    if constexpr (K < N_STATES && STATE_FORMAT[K] == Q8)
+        return q8_decode_factor<STATE_SIGNED<K>>(memory.states[K].scale,
+                                                 Form::factor(step.constants, K));
+    return 0.0f;
+}
+
 FORGE_DEVICE void update(const ShardArrays &arrays, const Place &place, const Memory &memory,
                          const float *g, const StepScalars &step) {
     float w[RUN], states[3][RUN];
+    const float worth[3] = {level_worth<0>(memory, step), level_worth<1>(memory, step),
+                            level_worth<2>(memory, step)};
 #pragma unroll
     for (int i = 0; i < RUN; ++i) {
         float s[3] = {0.0f, 0.0f, 0.0f};
         w[i] = weight_value(memory.weight, i);
         if constexpr (N_STATES > 0)
-            s[0] = state_value<0>(memory.states[0], i, Form::factor(step.constants, 0));
+            s[0] = state_value<0>(memory.states[0], i, worth[0]);
         if constexpr (N_STATES > 1)
-            s[1] = state_value<1>(memory.states[1], i, Form::factor(step.constants, 1));
+            s[1] = state_value<1>(memory.states[1], i, worth[1]);
         if constexpr (N_STATES > 2)
-            s[2] = state_value<2>(memory.states[2], i, Form::factor(step.constants, 2));
-        Form::update(step.constants, g[i], step.grad_scale, w[i], s);
+            s[2] = state_value<2>(memory.states[2], i, worth[2]);
+        Form::update(step.constants, g[i], step.grad_scale, w[i], s, worth);
 #pragma unroll
         for (int k = 0; k < N_STATES; ++k)
             states[k][i] = s[k];

@@ -69,8 +69,9 @@ struct ChunkUpdate {
     u32 draw_high; // upper word of all calls' counters
 
     // Pairs that move together between registers and two-byte arrays. Four need registers side by
-    // side, which wide tiles do not have.
-    static constexpr int MATRICES = FORGE_TILE_COLS > 128 ? 1 : 4;
+    // side, which wide tiles have for one array, not for three.
+    static constexpr int MATRICES =
+        FORGE_TILE_COLS > 128 && array_spec(A_STATE0).bytes == 2 ? 1 : 4;
 
     // Addresses of what the lane moves first, were the slot at 0.
     u32 first4 = pair_offset<4>(lane.warp, lane.row, lane.q);
@@ -78,9 +79,9 @@ struct ChunkUpdate {
     u32 first2 = MATRICES == 1 ? pair_offset<2>(lane.warp, lane.row, lane.q)
                                : matrix_offset(lane.warp, 4 * lane.row + lane.q);
 
-    // Pairs that are worked on together: more hide latency, fewer leave registers to q8.
+    // Pairs that are worked on together: more hide latency, fewer leave registers to draws.
     static constexpr int TOGETHER =
-        any_q8() || (FORGE_STATE_STOCHASTIC && FORGE_TILE_COLS > 128) ? 2 : 4;
+        FORGE_STATE_STOCHASTIC && (any_q8() || FORGE_TILE_COLS > 128) ? 2 : 4;
 
     // Of some of a lane's pairs what two-byte arrays hold, before and after.
     struct Packed {
@@ -211,7 +212,7 @@ struct ChunkUpdate {
         Q8Row q8[3];
         // q8 states wait here until their block's maximum is known.
         constexpr int KEPT = any_q8() ? CHUNK_COLS / 4 : 1;
-        float kept[3][KEPT];
+        float kept[3][KEPT], worth[3];
 #pragma unroll
         for (int s = 0; s < N_STATES; ++s) {
             const float scale = STATE[s] == StateFormat::Q8 ? *scales[s] : 0.0f;
@@ -219,6 +220,7 @@ struct ChunkUpdate {
             q8[s].decode = SIGNED[s] ? q8_decode_factor<true>(scale, factor)
                                      : q8_decode_factor<false>(scale, factor);
             q8[s].largest = 0.0f;
+            worth[s] = q8[s].decode;
         }
 #pragma unroll
         for (int group = 0; group < PAIRS / 4; ++group) {
@@ -257,8 +259,8 @@ struct ChunkUpdate {
                         sx[i] = s[i][p].x;
                         sy[i] = s[i][p].y;
                     }
-                    Form::update(step.constants, g.x, step.grad_scale, w[p].x, sx);
-                    Form::update(step.constants, g.y, step.grad_scale, w[p].y, sy);
+                    Form::update(step.constants, g.x, step.grad_scale, w[p].x, sx, worth);
+                    Form::update(step.constants, g.y, step.grad_scale, w[p].y, sy, worth);
 #pragma unroll
                     for (int i = 0; i < N_STATES; ++i) {
                         s[i][p] = make_float2(sx[i], sy[i]);
@@ -344,7 +346,7 @@ struct ChunkUpdate {
         }
         __syncwarp();
         if (lane.q == 0)
-            *scale = q8_stored_scale(largest);
+            *scale = q8_stored_scale(largest, Form::unit(step.constants, S));
     }
 };
 

@@ -89,13 +89,14 @@ template <bool SIGNED, bool ROOT = false> struct Q8Block {
     float factor; // from a root to its position among the codes
     float most;   // of a value, before its root is taken
 
-    FORGE_DEVICE explicit Q8Block(float largest) {
+    // `unit`: of the values, for the scale.
+    FORGE_DEVICE Q8Block(float largest, float unit) {
         // What overflowed counts as the largest number: 0 · ∞ would be NaN.
         most = largest = fminf(largest, ROOT && !SIGNED ? LARGEST_ROOT : LARGEST);
         if (!SIGNED && !ROOT)
             largest = fast_sqrt(largest);
         factor = q8_encode_factor<SIGNED>(largest);
-        scale = q8_stored_scale(largest);
+        scale = q8_stored_scale(largest, unit);
     }
 
     // `draw` of 16 bits decides where rounding is stochastic.

@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int distance = 16; distance > 0; distance /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
     }
-    const formats::Q8Block<SIGNED> block(largest);
+    const formats::Q8Block<SIGNED> block(largest, 1.0f);
     if (IS_Q8 && threadIdx.x % 32 == 0)
         arrays.scales[k][shard.scale_at(place.row, place.col)] = block.scale;
 #pragma unroll

@@ -42,7 +42,7 @@ struct Scalars {
 // What a consumer knows of its tiles: Σ dW² of each warp's part, and how many were not finite.
 struct Tally {
     double sums[4];
-    u32 nonfinite, last;
+    u32 nonfinite;
 };
 constexpr u32 TALLIES_AT = BARRIERS_AT + 8 * N_BARRIERS;
 constexpr u32 SCALARS_AT = TALLIES_AT + sizeof(Tally) * CONSUMERS;

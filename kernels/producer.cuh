@@ -121,6 +121,16 @@ constexpr bool any_store() {
     return any;
 }
 
+// A tile is multiplied before its weights are needed: at the start of a launch, where all blocks ask
+// for both at once, factors should come first. For a limited time only, since nothing depends on it.
+FORGE_DEVICE void await_first_factors(const Params &p, u32 full) {
+    u32 token_blocks = 0;
+    for (u32 segment = 0; segment < p.n_segments; ++segment)
+        token_blocks += p.token_blocks[segment];
+    for (u32 i = 0; token_blocks > 0 && i < 256 && !barrier_test(full, 0); ++i)
+        ;
+}
+
 // Streams the arrays of one consumer's tiles. `full` and `done`: barriers of its ring.
 FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 scales, u32 full,
                                 u32 done) {
@@ -131,6 +141,7 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
     const bool leader = elect_one();
     // Loads run SLOTS chunks ahead of stores, over the seams between tiles.
     u32 load_place = first, load_chunk = 0, store_place = first, store_chunk = 0;
+    TileIndex load_tile = walk.tile(p, first), store_tile = load_tile;
     Ring<SLOTS> ring;
 #pragma unroll 1
     for (u32 ahead = 0; store_place < walk.places; ring.advance()) {
@@ -142,10 +153,9 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
             // `ring` is a round further on than the chunk that lies in the slot.
             barrier_wait(done + 8 * ring.index, ring.parity ^ 1);
             if constexpr (any_store()) {
-                const TileIndex tile = walk.tile(p, store_place);
                 if (leader) {
-                    move_arrays<false>(p, slot, slot_scales, 0, tile.m * TILE_ROWS,
-                                       tile.n * TILE_COLS, store_chunk);
+                    move_arrays<false>(p, slot, slot_scales, 0, store_tile.m * TILE_ROWS,
+                                       store_tile.n * TILE_COLS, store_chunk);
                     tma_commit();
                     tma_wait_read<0>();
                 }
@@ -154,21 +164,20 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
             if (++store_chunk == CHUNKS) {
                 store_chunk = 0;
                 store_place += CONSUMERS * walk.step;
+                store_tile = walk.tile(p, store_place);
             }
         }
         if (load_place < walk.places) {
-            const TileIndex tile = walk.tile(p, load_place);
             if (leader)
-                move_arrays<true>(p, slot, slot_scales, full + 8 * ring.index, tile.m * TILE_ROWS,
-                                  tile.n * TILE_COLS, load_chunk);
+                move_arrays<true>(p, slot, slot_scales, full + 8 * ring.index,
+                                  load_tile.m * TILE_ROWS, load_tile.n * TILE_COLS, load_chunk);
             if (++load_chunk == CHUNKS) {
                 load_chunk = 0;
                 load_place += CONSUMERS * walk.step;
+                load_tile = walk.tile(p, load_place);
             }
         }
     }
-    if (leader)
-        tma_wait_all();
 }
 
 } // namespace forge

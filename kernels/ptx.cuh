@@ -15,8 +15,9 @@ FORGE_DEVICE u32 shared_address(const void *pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// The warp's number in the block, as a value that the compiler knows to be uniform.
-FORGE_DEVICE u32 warp_index() { return __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0); }
+// A value that is the same in all lanes of the warp, as one that the compiler knows to be uniform.
+FORGE_DEVICE u32 warp_uniform(u32 value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+FORGE_DEVICE u32 warp_index() { return warp_uniform(threadIdx.x / 32); }
 
 // True in one lane of the warp, always the same one.
 FORGE_DEVICE bool elect_one() {
@@ -90,6 +91,19 @@ FORGE_DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
+// Whether the phase is over; does not wait for it.
+FORGE_DEVICE bool barrier_test(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
 FORGE_DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile("{\n"
                  ".reg .pred done;\n"
@@ -123,6 +137,19 @@ FORGE_DEVICE u32 cluster_rank() {
 }
 FORGE_DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// --- atomics (9.7.13.7) ---
+
+// Adds one, or goes to 0 from `most`; the value before. What this thread wrote before is seen by who
+// counts further, and what those wrote who counted so far is seen by this thread.
+FORGE_DEVICE u32 atomic_increment(u32 *counter, u32 most) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(most)
+                 : "memory");
+    return before;
 }
 
 // --- named barriers (9.7.13.1): ids 1.. ; 0 is __syncthreads ---
@@ -206,8 +233,6 @@ FORGE_DEVICE void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: 
 template <int N> FORGE_DEVICE void tma_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
-// Until all stores are done.
-FORGE_DEVICE void tma_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Orders a thread's writes to shared memory before later reads of them by TMA.
 FORGE_DEVICE void fence_shared_for_tma() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

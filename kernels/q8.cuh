@@ -22,17 +22,18 @@ template <bool SIGNED> FORGE_DEVICE float q8_decode_factor(float scale, float by
     return __fmul_rn(__fmul_rn(scale, SIGNED ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f), by);
 }
 
-// `code_as_float`: BYTE_MAGIC with the code in its low byte. ROOT: of what is not negative, the
-// root.
-template <bool SIGNED, bool ROOT> FORGE_DEVICE float q8_decode(u32 code_as_float, float factor) {
+// `code_as_float`: BYTE_MAGIC with the code in its low byte. RAW, for a rule that takes coded states:
+// the squared level, to be multiplied by `factor` yet, or the root of what is not negative.
+template <bool SIGNED, bool RAW> FORGE_DEVICE float q8_decode(u32 code_as_float, float factor) {
     if constexpr (SIGNED) {
         const float level = __fsub_rn(bits_to_float(code_as_float), BYTE_ZERO + 128.0f);
-        return __fmul_rn(__fmul_rn(level, fabsf(level)), factor);
+        const float squared = __fmul_rn(level, fabsf(level));
+        return RAW ? squared : __fmul_rn(squared, factor);
     } else {
         // level · factor: the product with a power of two that is taken away is exact.
         const float root =
             __fmaf_rn(bits_to_float(code_as_float), factor, __fmul_rn(-BYTE_ZERO, factor));
-        return ROOT ? root : __fmul_rn(root, root);
+        return RAW ? root : __fmul_rn(root, root);
     }
 }
 
@@ -44,7 +45,10 @@ template <bool SIGNED> FORGE_DEVICE float q8_encode_factor(float scale) {
                   : __fmul_rn(255.0f, fast_reciprocal(scale));
 }
 
-FORGE_DEVICE float q8_stored_scale(float scale) { return scale < SMALLEST_NORMAL ? 0.0f : scale; }
+FORGE_DEVICE float q8_stored_scale(float largest, float unit) {
+    const float scale = fminf(__fmul_rn(largest, unit), LARGEST);
+    return largest < SMALLEST_NORMAL || scale < SMALLEST_NORMAL ? 0.0f : scale;
+}
 
 // Of sqrt(v): 1 if it is not zero, since it divides. Any number above zero rounds up to 1.
 FORGE_DEVICE float q8_least_code(float value) {

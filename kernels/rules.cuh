@@ -18,7 +18,8 @@ constexpr bool all_coded(int states, bool first, bool second, bool third) {
 }
 
 // Where all states are stored as codes, a rule may take them in a form that is cheaper to come by:
-// multiplied by factors of its own, and non-negative states as roots, as which they go, too.
+// signed ones as squared levels and what a level is worth (`worth`), non-negative ones as roots, all
+// of them multiplied by factors of its own; and return them in units of its own, the latter as roots.
 template <class Rule, bool ALL_CODED> struct CodedForm {
     static constexpr bool USED = ALL_CODED && Rule::CODED;
     FORGE_DEVICE static float factor(const float *c, int state) {
@@ -26,9 +27,15 @@ template <class Rule, bool ALL_CODED> struct CodedForm {
             return Rule::coded_factor(c, state);
         return 1.0f;
     }
-    FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
+    FORGE_DEVICE static float unit(const float *c, int state) {
         if constexpr (USED)
-            Rule::update_coded(c, g, scale, w, s);
+            return Rule::coded_unit(c, state);
+        return 1.0f;
+    }
+    FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s,
+                                    const float *worth) {
+        if constexpr (USED)
+            Rule::update_coded(c, g, scale, w, s, worth);
         else
             Rule::update(c, g, scale, w, s);
     }

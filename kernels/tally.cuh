@@ -7,14 +7,14 @@
 
 namespace forge {
 
-// Σ (scale · value)². Not finite if a value is not, or if squares overflow; with SQUARE_SCALE they
-// cannot.
+// Σ value², or with SCALED Σ (SQUARE_SCALE · value)². Not finite if a value is not, or if squares
+// overflow, which scaled ones cannot.
 constexpr float SQUARE_SCALE = 8.4703295e-22f; // 2^-70
-template <int N> FORGE_DEVICE float sum_of_squares(const float (&values)[N], float scale = 1.0f) {
+template <bool SCALED, int N> FORGE_DEVICE float sum_of_squares(const float (&values)[N]) {
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const float x = __fmul_rn(values[i], scale);
+        const float x = SCALED ? __fmul_rn(values[i], SQUARE_SCALE) : values[i];
         sums[i % 4] = __fmaf_rn(x, x, sums[i % 4]);
     }
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -32,7 +32,7 @@ struct LaneTally {
         float ordinary = 0.0f;
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            ordinary += sum_of_squares(values[i]);
+            ordinary += sum_of_squares<false>(values[i]);
         // Beyond the limit something is not finite, grad_scale included, or squares overflow,
         // before it or after.
         const float by = fabsf(grad_scale) <= 1.0f ? 1.0f : grad_scale * grad_scale;
@@ -43,7 +43,7 @@ struct LaneTally {
         bool bad = false;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            const float scaled = sum_of_squares(values[i], SQUARE_SCALE);
+            const float scaled = sum_of_squares<true>(values[i]);
             if (counts)
                 sum += static_cast<double>(scaled) /
                        (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
@@ -63,37 +63,38 @@ struct LaneTally {
     }
 };
 
-// The lanes' sums of a warp, always by the same one.
-FORGE_DEVICE void keep_sum(Tally &tally, u32 warp, double sum) {
+// Sums the lanes of all warps, always in the same order, and leaves the consumer's partial. Whether
+// it is the last one of all blocks to do so, told to the first warp.
+FORGE_DEVICE bool publish(const Params &p, u32 consumer, Tally &tally, double sum) {
+    const u32 thread = threadIdx.x % 128;
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
         sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
-    if (threadIdx.x % 32 == 0)
-        tally.sums[warp] = sum;
+    if (thread % 32 == 0)
+        tally.sums[thread / 32] = sum;
+    named_barrier_sync(OWN + consumer, 128);
+    u32 before = 0;
+    const u32 all = gridDim.x * CONSUMERS;
+    if (thread == 0) {
+        sum = (tally.sums[0] + tally.sums[1]) + (tally.sums[2] + tally.sums[3]);
+        p.partials[blockIdx.x * CONSUMERS + consumer] = {sum, tally.nonfinite, 0u};
+        // Wraps around to 0 with the last one. Its order: the partial before, others' behind.
+        before = atomic_increment(p.counter, all - 1);
+    }
+    return thread < 32 && __shfl_sync(0xFFFFFFFFu, before, 0) == all - 1;
 }
 
-// After all tiles: this block's tallies, and in the last block the report of all.
-FORGE_DEVICE void report(const Params &p, Tally *tallies) {
+// After a consumer's tiles: its tally, and from the last consumer of all the report.
+FORGE_DEVICE void report(const Params &p, u32 consumer, Tally &tally, double lane_sum) {
     if (p.reports[0] == nullptr && p.reports[1] == nullptr)
         return;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int c = 0; c < CONSUMERS; ++c) {
-            const Tally &t = tallies[c];
-            const double sum = (t.sums[0] + t.sums[1]) + (t.sums[2] + t.sums[3]);
-            p.partials[blockIdx.x * CONSUMERS + c] = {sum, t.nonfinite, 0u};
-        }
-        __threadfence();
-        // Wraps around to 0 in the last block.
-        tallies[0].last = atomicInc(p.counter, gridDim.x - 1) == gridDim.x - 1;
-    }
-    __syncthreads();
-    if (tallies[0].last == 0 || threadIdx.x >= 32)
+    if (!publish(p, consumer, tally, lane_sum))
         return;
-    __threadfence();
+    __syncwarp();
     double sum = 0.0;
     u32 nonfinite = 0;
-    for (u32 i = threadIdx.x; i < gridDim.x * CONSUMERS; i += 32) {
+    const u32 lane = threadIdx.x % 32;
+    for (u32 i = lane; i < gridDim.x * CONSUMERS; i += 32) {
         const volatile TilePartial &partial = p.partials[i];
         sum += partial.sum_of_squares;
         nonfinite += partial.nonfinite;
@@ -102,7 +103,7 @@ FORGE_DEVICE void report(const Params &p, Tally *tallies) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
         sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
-    if (threadIdx.x != 0)
+    if (lane != 0)
         return;
     for (int i = 0; i < 2; ++i) {
         if (p.reports[i] == nullptr)

@@ -29,38 +29,64 @@ FORGE_DEVICE void release(u32 barrier) {
     }
 }
 
+// A stage that is about to be multiplied: what is known of it before the products ahead of it are
+// done, so that its own follow them at once.
+struct NextStage {
+    u32 descriptor; // of dY's part
+    bool ready;
+
+    FORGE_DEVICE NextStage(u32 stages, u32 full, const Ring<STAGES> &stage)
+        : descriptor(warp_uniform(
+              wgmma_descriptor<ATOM_BYTES>(stages + stage.index * STAGE_BYTES))),
+          ready(barrier_test(full + 8 * stage.index, stage.parity)) {}
+};
+
+// Issues the products with a stage's tokens. FIRST: of the tile.
+template <bool FIRST, int REGISTERS>
+FORGE_DEVICE void multiply_stage(float (&acc)[HALVES][REGISTERS], const NextStage &next, u32 full,
+                                 const Ring<STAGES> &stage) {
+    if (!next.ready)
+        barrier_wait(full + 8 * stage.index, stage.parity);
+    // In units of 16 bytes. 16 tokens further: 2048 bytes; 64 rows of dW further: an atom.
+    const u32 a = next.descriptor, b = a + STAGE_A / 16;
+    wgmma_fence();
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+        wgmma<TILE_COLS, !FIRST>(acc[half], a + half * (ATOM_BYTES / 16), b);
+#pragma unroll
+    for (int k = 1; k < TILE_TOKENS / 16; ++k)
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half)
+            wgmma<TILE_COLS, true>(acc[half], a + 128 * k + half * (ATOM_BYTES / 16), b + 128 * k);
+    wgmma_commit();
+}
+
+// All tokens of a tile; returns with the last products in flight and their stage not yet released.
 template <int REGISTERS>
 FORGE_DEVICE void multiply(float (&acc)[HALVES][REGISTERS], u32 token_blocks, u32 stages, u32 full,
                            u32 empty, Ring<STAGES> &stage) {
-    // From +0, also where there are no tokens.
+    if (token_blocks == 0) {
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half)
+        for (int half = 0; half < HALVES; ++half)
 #pragma unroll
-        for (int i = 0; i < REGISTERS; ++i) {
-            acc[half][i] = 0.0f;
-            wgmma_pin(acc[half][i]);
-        }
-    Ring<STAGES> previous = stage;
-    for (u32 block = 0; block < token_blocks; ++block) {
-        barrier_wait(full + 8 * stage.index, stage.parity);
-        const u64 a = wgmma_descriptor<ATOM_BYTES>(stages + stage.index * STAGE_BYTES);
-        const u64 b = wgmma_descriptor<ATOM_BYTES>(stages + stage.index * STAGE_BYTES + STAGE_A);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < TILE_TOKENS / 16; ++k) {
-            // 16 tokens further: 2048 bytes; 64 rows of dW further: an atom. In units of 16 bytes.
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half)
-                wgmma<TILE_COLS>(acc[half], a + 128 * k + half * (ATOM_BYTES / 16), b + 128 * k);
-        }
-        wgmma_commit();
+            for (int i = 0; i < REGISTERS; ++i)
+                acc[half][i] = 0.0f;
+        return;
+    }
+    multiply_stage<true>(acc, NextStage(stages, full, stage), full, stage);
+    u32 in_flight = stage.index;
+    stage.advance();
+    NextStage next(stages, full, stage);
+#pragma unroll 1
+    for (u32 block = 1; block < token_blocks; ++block) {
+        multiply_stage<false>(acc, next, full, stage);
+        const u32 previous = in_flight;
+        in_flight = stage.index;
+        stage.advance();
+        next = NextStage(stages, full, stage);
         // All but the products just issued are done: their stage may be loaded again.
         wgmma_wait<1>();
-        if (block > 0) {
-            release(empty + 8 * previous.index);
-        }
-        previous = stage;
-        stage.advance();
+        release(empty + 8 * previous);
     }
 }
 
@@ -208,8 +234,7 @@ FORGE_DEVICE void consumer_loop(const Params &p, u8 *shared, u32 consumer, u32 f
                         tile.n * TILE_COLS};
         consume(p, step, keys, acc, consumer, shared, ring_full, ring_done, ring, lane, tally);
     }
-    keep_sum(reinterpret_cast<Tally *>(shared + TALLIES_AT)[consumer], threadIdx.x % 128 / 32,
-             tally.sum);
+    report(p, consumer, reinterpret_cast<Tally *>(shared + TALLIES_AT)[consumer], tally.sum);
 }
 
 } // namespace forge
@@ -257,6 +282,7 @@ extern "C" __global__ void FORGE_CLUSTER_ATTRIBUTE __launch_bounds__(forge::THRE
             load_factors(p, shared, full, empty);
         } else if (STREAMS && warp <= CONSUMERS) {
             const u32 consumer = warp - 1;
+            await_first_factors(p, full);
             stream_arrays(p, consumer,
                           shared_address(shared) + SLOTS_AT + consumer * SLOTS * SLOT_BYTES,
                           shared_address(shared) + SCALES_AT + consumer * SLOTS * SLOT_SCALE_BYTES,
@@ -267,8 +293,6 @@ extern "C" __global__ void FORGE_CLUSTER_ATTRIBUTE __launch_bounds__(forge::THRE
         consumer_loop(p, shared, group, full, empty, rings + 16 * SLOTS * group,
                       rings + 16 * SLOTS * group + 8 * SLOTS);
     }
-    __syncwarp();
-    report(p, reinterpret_cast<Tally *>(shared + TALLIES_AT));
     // Nobody leaves while others still load into its memory or arrive on its barriers.
     if (CLUSTER > 1) {
         __syncwarp();

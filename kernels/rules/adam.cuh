@@ -21,8 +21,13 @@ template <bool Coupled> struct AdamRule {
         c[8] = static_cast<float>(fmax(-bias1 / (lr * sqrt(bias2)), -most));
         c[9] = static_cast<float>(sqrt(1.0 - beta2) * (Coupled ? 1.0 : grad_scale));
         c[10] = eps == 0.0 ? 0.0f : static_cast<float>(fmax(-bias1 / lr * eps, -most));
-        c[11] = static_cast<float>(beta1);
+        // m = unit · (what the coded form returns).
+        const double unit = (1.0 - beta1) / sqrt(1.0 - beta2);
+        c[11] = static_cast<float>(beta1 / unit);
         c[12] = static_cast<float>(sqrt(beta2));
+        c[13] = static_cast<float>(unit);
+        c[14] = static_cast<float>(fmax(-bias1 / (lr * sqrt(bias2)) / unit, -most));
+        c[15] = eps == 0.0 ? 0.0f : static_cast<float>(fmax(-bias1 / lr * eps / unit, -most));
     }
 
     // The same as on the CPU in fewer instructions: −η/(1−β₁ᵗ) divides the divisor's constants c[8]
@@ -31,18 +36,22 @@ template <bool Coupled> struct AdamRule {
         const float root = decay_and_root(c, g, scale, w);
         s[0] = __fmaf_rn(c[3], __fmaf_rn(g, scale, -s[0]), s[0]);
         s[1] = __fmaf_rn(root, root, __fmul_rn(c[4], s[1]));
-        step(c, w, s[0], fast_sqrt(s[1]));
+        step(w, c[2], s[0], __fmaf_rn(fast_sqrt(s[1]), c[8], c[10]));
     }
 
-    // Both states from codes: β₁m and √β₂·√v come, m and √v go.
+    // Both states from codes: β₁m and √β₂·√v come, m and √v go, both m in units of
+    // (1−β₁)/√(1−β₂), in which √(1−β₂)·g is what the gradient adds to it.
     static constexpr bool CODED = true;
     FORGE_DEVICE static float coded_factor(const float *c, int state) { return c[11 + state]; }
-    FORGE_DEVICE static void update_coded(const float *c, float g, float scale, float &w,
-                                          float *s) {
+    FORGE_DEVICE static float coded_unit(const float *c, int state) {
+        return state == 0 ? c[13] : 1.0f;
+    }
+    FORGE_DEVICE static void update_coded(const float *c, float g, float scale, float &w, float *s,
+                                          const float *worth) {
         const float root = decay_and_root(c, g, scale, w);
-        s[0] = __fmaf_rn(g, __fmul_rn(c[3], scale), s[0]);
+        s[0] = __fmaf_rn(s[0], worth[0], root);
         s[1] = fast_sqrt(__fmaf_rn(root, root, __fmul_rn(s[1], s[1])));
-        step(c, w, s[0], s[1]);
+        step(w, c[2], s[0], __fmaf_rn(s[1], c[14], c[15]));
     }
 
   private:
@@ -54,9 +63,8 @@ template <bool Coupled> struct AdamRule {
         }
         return __fmul_rn(g, c[9]);
     }
-    FORGE_DEVICE static void step(const float *c, float &w, float m, float root) {
-        const float divisor = __fmaf_rn(root, c[8], c[10]);
-        w = __fmaf_rn(w, c[2], __fmul_rn(m, fast_reciprocal(divisor)));
+    FORGE_DEVICE static void step(float &w, float shrink, float m, float divisor) {
+        w = __fmaf_rn(w, shrink, __fmul_rn(m, fast_reciprocal(divisor)));
     }
 };
 

@@ -46,8 +46,13 @@ fn constants(step: &StepScalars, is_coupled: bool) -> Constants {
     c[8] = (-bias1 / (h[LR] * bias2.sqrt())).max(-most) as f32;
     c[9] = ((1.0 - h[BETA2]).sqrt() * scale) as f32;
     c[10] = if h[EPS] == 0.0 { 0.0 } else { (-bias1 / h[LR] * h[EPS]).max(-most) as f32 };
-    c[11] = h[BETA1] as f32;
+    let unit = (1.0 - h[BETA1]) / (1.0 - h[BETA2]).sqrt();
+    c[11] = (h[BETA1] / unit) as f32;
     c[12] = h[BETA2].sqrt() as f32;
+    c[13] = unit as f32;
+    c[14] = (-bias1 / (h[LR] * bias2.sqrt()) / unit).max(-most) as f32;
+    c[15] =
+        if h[EPS] == 0.0 { 0.0 } else { (-bias1 / h[LR] * h[EPS] / unit).max(-most) as f32 };
     c
 }
 
