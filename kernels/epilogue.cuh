@@ -70,8 +70,8 @@ struct ChunkUpdate {
 
     // Pairs that move together between registers and two-byte arrays. Four need registers side by
     // side, which wide tiles have for one array, not for three.
-    static constexpr int MATRICES =
-        FORGE_TILE_COLS > 128 && array_spec(A_STATE0).bytes == 2 ? 1 : 4;
+    static constexpr int MATRICES = FORGE_TILE_COLS > 128 && array_spec(A_STATE0).bytes == 2 ? 1
+                                                                                             : 4;
 
     // Addresses of what the lane moves first, were the slot at 0.
     u32 first4 = pair_offset<4>(lane.warp, lane.row, lane.q);
@@ -79,9 +79,13 @@ struct ChunkUpdate {
     u32 first2 = MATRICES == 1 ? pair_offset<2>(lane.warp, lane.row, lane.q)
                                : matrix_offset(lane.warp, 4 * lane.row + lane.q);
 
-    // Pairs that are worked on together: more hide latency, fewer leave registers to draws.
+    // Pairs that are worked on together: more hide latency, fewer leave registers to what else a
+    // wide tile or q8 needs.
     static constexpr int TOGETHER =
-        FORGE_STATE_STOCHASTIC && (any_q8() || FORGE_TILE_COLS > 128) ? 2 : 4;
+        (FORGE_TILE_COLS > 128 && (FORGE_STATE_STOCHASTIC || MATRICES == 4)) ||
+                (any_q8() && FORGE_STATE_STOCHASTIC)
+            ? 2
+            : 4;
 
     // Of some of a lane's pairs what two-byte arrays hold, before and after.
     struct Packed {

@@ -25,6 +25,11 @@ constexpr u32 STAGE_A = HALVES * ATOM_BYTES;
 constexpr u32 STAGE_BYTES = STAGE_A + TILE_COLS / 64 * ATOM_BYTES;
 
 constexpr int COL_CHUNKS = TILE_COLS / CHUNK_COLS;
+// Where a chunk is no wider, there are narrow tiles besides: 64 columns, for what whole tiles leave
+// over at the right edge of W and in the last wave of blocks.
+constexpr int NARROW_COLS = 64, NARROW_PER_TILE = TILE_COLS / NARROW_COLS;
+constexpr bool NARROW = CHUNK_COLS <= NARROW_COLS;
+constexpr int NARROW_CHUNKS = NARROW ? NARROW_COLS / CHUNK_COLS : COL_CHUNKS;
 constexpr int CHUNKS = 2 * HALVES * COL_CHUNKS;
 // Named barriers: whose turn it is to multiply, and one for each consumer's own threads.
 constexpr u32 TURN = 1, OWN = TURN + CONSUMERS;
@@ -42,7 +47,7 @@ struct Scalars {
 // What a consumer knows of its tiles: Σ dW² of each warp's part, and how many were not finite.
 struct Tally {
     double sums[4];
-    u32 nonfinite;
+    u32 nonfinite, tiles;
 };
 constexpr u32 TALLIES_AT = BARRIERS_AT + 8 * N_BARRIERS;
 constexpr u32 SCALARS_AT = TALLIES_AT + sizeof(Tally) * CONSUMERS;
@@ -62,8 +67,11 @@ struct Params {
     u32 token_blocks[FORGE_MAX_SEGMENTS]; // of TILE_TOKENS
     u32 n_segments;
     u32 rows; // of W
-    u32 tiles_m, tiles_n;
-    u32 group_m;     // rows of places (see Walk) that are walked together, for reuse in the L2
+    u32 tiles_m;
+    // See Walk. Whole tiles beside each other and how many places of them there are; columns of
+    // narrow tiles right of them; how many places there are in all.
+    u32 whole_cols, whole_places, narrow_cols, places;
+    u32 group_m;     // rows of places that are walked together, for reuse in the L2
     u64 first_index; // global index of W's first element here
     u64 global_cols; // stride of the global index
     StepSource step;
@@ -77,31 +85,49 @@ struct Params {
     u32 draw_high; // upper word of the numbers of all Philox calls, if FORGE_DRAWS_ALIGNED
 };
 
-struct TileIndex {
-    u32 m, n;
+struct TilePlace {
+    u32 row, col; // of W
+    bool narrow;
 };
 
 // What a block walks through: every `step`-th place from `first` on. A place is a tile, or with
 // clusters CLUSTER tiles below each other, one for each block; the last of them may lie outside W.
+// Places of whole tiles come first, `whole_places` of them; if there are more, they are cut into
+// narrow ones, and these come next; last the narrow ones at the right edge.
 struct Walk {
     u32 first, step, places, rows_of_places;
     FORGE_DEVICE explicit Walk(const Params &p)
-        : first(blockIdx.x / CLUSTER), step(gridDim.x / CLUSTER),
-          places((p.tiles_m + CLUSTER - 1) / CLUSTER * p.tiles_n),
+        : first(blockIdx.x / CLUSTER), step(gridDim.x / CLUSTER), places(p.places),
           rows_of_places((p.tiles_m + CLUSTER - 1) / CLUSTER) {}
 
-    // In groups of `group_m` rows of places, down the rows first, to the right and in the next
-    // group back again: the columns of X where it turns are still in the L2.
-    FORGE_DEVICE TileIndex tile(const Params &p, u32 place) const {
-        const u32 per_group = p.group_m * p.tiles_n;
+    FORGE_DEVICE TilePlace tile(const Params &p, u32 place) const {
+        const bool narrow = NARROW && place >= p.whole_places;
+        u32 within_tile = 0;
+        if (narrow) {
+            const u32 index = place - p.whole_places;
+            const u32 cut = (rows_of_places * p.whole_cols - p.whole_places) * NARROW_PER_TILE;
+            if (index >= cut) {
+                const u32 edge = index - cut;
+                return {row(edge % rows_of_places),
+                        p.whole_cols * TILE_COLS + edge / rows_of_places * NARROW_COLS, true};
+            }
+            place = p.whole_places + index / NARROW_PER_TILE;
+            within_tile = index % NARROW_PER_TILE * NARROW_COLS;
+        }
+        // In groups of `group_m` rows of places, down the rows first, to the right and in the next
+        // group back again: the columns of X where it turns are still in the L2.
+        const u32 per_group = p.group_m * p.whole_cols;
         const u32 group = place / per_group, within = place % per_group;
         const u32 first_row = group * p.group_m;
         const u32 height = min(p.group_m, rows_of_places - first_row);
-        u32 m = first_row + within % height;
-        if (CLUSTER > 1)
-            m = m * CLUSTER + cluster_rank();
-        const u32 n = within / height;
-        return {m, group % 2 == 0 ? n : p.tiles_n - 1 - n};
+        const u32 m = first_row + within % height, n = within / height;
+        return {row(m), (group % 2 == 0 ? n : p.whole_cols - 1 - n) * TILE_COLS + within_tile,
+                narrow};
+    }
+
+  private:
+    FORGE_DEVICE static u32 row(u32 place_row) {
+        return (CLUSTER > 1 ? place_row * CLUSTER + cluster_rank() : place_row) * TILE_ROWS;
     }
 };
 

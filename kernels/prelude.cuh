@@ -46,7 +46,7 @@ struct StepSource {
 struct TilePartial {
     double sum_of_squares; // of dW, before grad_scale
     u32 nonfinite;         // tiles where dW was not finite: they were left alone
-    u32 reserved;
+    u32 tiles;             // of a fused kernel; else 0
 };
 
 FORGE_DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }

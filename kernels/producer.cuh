@@ -13,8 +13,8 @@ FORGE_DEVICE void load_factors(const Params &p, u8 *shared, u32 full, u32 empty)
     constexpr int X_TOKENS = TILE_TOKENS / CLUSTER;
     Ring<STAGES> stage;
     for (u32 place = walk.first; place < walk.places; place += walk.step) {
-        const TileIndex tile = walk.tile(p, place);
-        const i32 row = tile.m * TILE_ROWS, col = tile.n * TILE_COLS;
+        const TilePlace tile = walk.tile(p, place);
+        const i32 row = tile.row, col = tile.col;
         // Others read the same factors, now and later; weights and states, which are read once,
         // must not push them out. What the last wave leaves behind is of no use to anybody.
         const bool last_wave = place - walk.first + walk.step >= walk.places;
@@ -30,13 +30,16 @@ FORGE_DEVICE void load_factors(const Params &p, u8 *shared, u32 full, u32 empty)
                 const u32 target = shared_address(shared) + stage.index * STAGE_BYTES;
                 const i32 token = block * TILE_TOKENS;
                 if (leader) {
-                    barrier_arrive_expect(barrier, STAGE_BYTES);
+                    barrier_arrive_expect(barrier,
+                                          tile.narrow ? STAGE_A + ATOM_BYTES : STAGE_BYTES);
 #pragma unroll
                     for (int i = 0; i < HALVES; ++i)
                         tma_load_2d(target + i * ATOM_BYTES, dy, barrier, row + 64 * i, token,
                                     policy);
 #pragma unroll
                     for (int i = 0; i < TILE_COLS / 64; ++i) {
+                        if (i > 0 && tile.narrow)
+                            break;
                         const u32 at = target + STAGE_A + i * ATOM_BYTES + rank * X_TOKENS * 128;
                         const i32 feature = col + 64 * i, first = token + rank * X_TOKENS;
                         if constexpr (CLUSTER == 1)
@@ -121,14 +124,12 @@ constexpr bool any_store() {
     return any;
 }
 
-// A tile is multiplied before its weights are needed: at the start of a launch, where all blocks ask
-// for both at once, factors should come first. For a limited time only, since nothing depends on it.
-FORGE_DEVICE void await_first_factors(const Params &p, u32 full) {
-    u32 token_blocks = 0;
-    for (u32 segment = 0; segment < p.n_segments; ++segment)
-        token_blocks += p.token_blocks[segment];
-    for (u32 i = 0; token_blocks > 0 && i < 256 && !barrier_test(full, 0); ++i)
-        ;
+// To the next chunk of a tile, in the order of move_chunk; false after the last.
+FORGE_DEVICE bool next_chunk(u32 &chunk, const TilePlace &tile) {
+    ++chunk;
+    if (NARROW && tile.narrow && chunk % COL_CHUNKS == NARROW_CHUNKS % COL_CHUNKS)
+        chunk += COL_CHUNKS - NARROW_CHUNKS;
+    return chunk < CHUNKS;
 }
 
 // Streams the arrays of one consumer's tiles. `full` and `done`: barriers of its ring.
@@ -141,7 +142,7 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
     const bool leader = elect_one();
     // Loads run SLOTS chunks ahead of stores, over the seams between tiles.
     u32 load_place = first, load_chunk = 0, store_place = first, store_chunk = 0;
-    TileIndex load_tile = walk.tile(p, first), store_tile = load_tile;
+    TilePlace load_tile = walk.tile(p, first), store_tile = load_tile;
     Ring<SLOTS> ring;
 #pragma unroll 1
     for (u32 ahead = 0; store_place < walk.places; ring.advance()) {
@@ -154,14 +155,14 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
             barrier_wait(done + 8 * ring.index, ring.parity ^ 1);
             if constexpr (any_store()) {
                 if (leader) {
-                    move_arrays<false>(p, slot, slot_scales, 0, store_tile.m * TILE_ROWS,
-                                       store_tile.n * TILE_COLS, store_chunk);
+                    move_arrays<false>(p, slot, slot_scales, 0, store_tile.row, store_tile.col,
+                                       store_chunk);
                     tma_commit();
                     tma_wait_read<0>();
                 }
                 __syncwarp();
             }
-            if (++store_chunk == CHUNKS) {
+            if (!next_chunk(store_chunk, store_tile)) {
                 store_chunk = 0;
                 store_place += CONSUMERS * walk.step;
                 store_tile = walk.tile(p, store_place);
@@ -169,9 +170,9 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
         }
         if (load_place < walk.places) {
             if (leader)
-                move_arrays<true>(p, slot, slot_scales, full + 8 * ring.index,
-                                  load_tile.m * TILE_ROWS, load_tile.n * TILE_COLS, load_chunk);
-            if (++load_chunk == CHUNKS) {
+                move_arrays<true>(p, slot, slot_scales, full + 8 * ring.index, load_tile.row,
+                                  load_tile.col, load_chunk);
+            if (!next_chunk(load_chunk, load_tile)) {
                 load_chunk = 0;
                 load_place += CONSUMERS * walk.step;
                 load_tile = walk.tile(p, load_place);

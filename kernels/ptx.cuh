@@ -141,8 +141,8 @@ FORGE_DEVICE void cluster_sync() {
 
 // --- atomics (9.7.13.7) ---
 
-// Adds one, or goes to 0 from `most`; the value before. What this thread wrote before is seen by who
-// counts further, and what those wrote who counted so far is seen by this thread.
+// Adds one, or goes to 0 from `most`; the value before. What this thread wrote before is seen by
+// who counts further, and what those wrote who counted so far is seen by this thread.
 FORGE_DEVICE u32 atomic_increment(u32 *counter, u32 most) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"

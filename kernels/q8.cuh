@@ -22,8 +22,8 @@ template <bool SIGNED> FORGE_DEVICE float q8_decode_factor(float scale, float by
     return __fmul_rn(__fmul_rn(scale, SIGNED ? 1.0f / (127.0f * 127.0f) : 1.0f / 255.0f), by);
 }
 
-// `code_as_float`: BYTE_MAGIC with the code in its low byte. RAW, for a rule that takes coded states:
-// the squared level, to be multiplied by `factor` yet, or the root of what is not negative.
+// `code_as_float`: BYTE_MAGIC with the code in its low byte. RAW, for a rule that takes coded
+// states: the squared level, to be multiplied by `factor` yet, or the root of what is not negative.
 template <bool SIGNED, bool RAW> FORGE_DEVICE float q8_decode(u32 code_as_float, float factor) {
     if constexpr (SIGNED) {
         const float level = __fsub_rn(bits_to_float(code_as_float), BYTE_ZERO + 128.0f);

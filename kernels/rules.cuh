@@ -18,8 +18,9 @@ constexpr bool all_coded(int states, bool first, bool second, bool third) {
 }
 
 // Where all states are stored as codes, a rule may take them in a form that is cheaper to come by:
-// signed ones as squared levels and what a level is worth (`worth`), non-negative ones as roots, all
-// of them multiplied by factors of its own; and return them in units of its own, the latter as roots.
+// signed ones as squared levels and what a level is worth (`worth`), non-negative ones as roots,
+// all of them multiplied by factors of its own; and return them in units of its own, the latter as
+// roots.
 template <class Rule, bool ALL_CODED> struct CodedForm {
     static constexpr bool USED = ALL_CODED && Rule::CODED;
     FORGE_DEVICE static float factor(const float *c, int state) {

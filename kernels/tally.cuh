@@ -77,7 +77,7 @@ FORGE_DEVICE bool publish(const Params &p, u32 consumer, Tally &tally, double su
     const u32 all = gridDim.x * CONSUMERS;
     if (thread == 0) {
         sum = (tally.sums[0] + tally.sums[1]) + (tally.sums[2] + tally.sums[3]);
-        p.partials[blockIdx.x * CONSUMERS + consumer] = {sum, tally.nonfinite, 0u};
+        p.partials[blockIdx.x * CONSUMERS + consumer] = {sum, tally.nonfinite, tally.tiles};
         // Wraps around to 0 with the last one. Its order: the partial before, others' behind.
         before = atomic_increment(p.counter, all - 1);
     }
@@ -92,14 +92,16 @@ FORGE_DEVICE void report(const Params &p, u32 consumer, Tally &tally, double lan
         return;
     __syncwarp();
     double sum = 0.0;
-    u32 nonfinite = 0;
+    u32 nonfinite = 0, tiles = 0;
     const u32 lane = threadIdx.x % 32;
     for (u32 i = lane; i < gridDim.x * CONSUMERS; i += 32) {
         const volatile TilePartial &partial = p.partials[i];
         sum += partial.sum_of_squares;
         nonfinite += partial.nonfinite;
+        tiles += partial.tiles;
     }
     nonfinite = __reduce_add_sync(0xFFFFFFFFu, nonfinite);
+    tiles = __reduce_add_sync(0xFFFFFFFFu, tiles);
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
         sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
@@ -111,7 +113,6 @@ FORGE_DEVICE void report(const Params &p, u32 consumer, Tally &tally, double lan
         if constexpr (MODE == Mode::Norm) {
             *static_cast<Norm *>(p.reports[i]) = norm_of(sum, nonfinite, p.method);
         } else {
-            const u64 tiles = static_cast<u64>(p.tiles_m) * p.tiles_n;
             *static_cast<Report *>(p.reports[i]) = {sizeof(Report), 0, tiles, nonfinite, sum};
         }
     }

@@ -131,10 +131,10 @@ part_tests() {
         "$scratch/tests.xml"
 }
 
-# in_parts OUTPUT COMMAND...: COMMAND tests/gpu/sanitize.py in four processes, which share the cases; their
+# in_parts OUTPUT COMMAND...: COMMAND tests/gpu/sanitize.py in eight processes, which share the cases; their
 # output, one after the other, and the highest of their exit statuses.
 in_parts() {
-    local output=$1 part count=4 status highest=0 processes=()
+    local output=$1 part count=8 status highest=0 processes=()
     shift
     for ((part = 1; part <= count; part++)); do
         limited "${FORGE_LIMIT_SANITIZE:-240}" "$@" tests/gpu/sanitize.py --part "$part/$count" \

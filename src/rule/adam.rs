@@ -51,8 +51,7 @@ fn constants(step: &StepScalars, is_coupled: bool) -> Constants {
     c[12] = h[BETA2].sqrt() as f32;
     c[13] = unit as f32;
     c[14] = (-bias1 / (h[LR] * bias2.sqrt()) / unit).max(-most) as f32;
-    c[15] =
-        if h[EPS] == 0.0 { 0.0 } else { (-bias1 / h[LR] * h[EPS] / unit).max(-most) as f32 };
+    c[15] = if h[EPS] == 0.0 { 0.0 } else { (-bias1 / h[LR] * h[EPS] / unit).max(-most) as f32 };
     c
 }
 

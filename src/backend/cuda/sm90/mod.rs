@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::format::{Dtype, Rounding, StateFormat, WeightFormat};
 use crate::philox::{ROUNDS, round_keys};
 use crate::rule::MAX_STATES;
-use policy::{CONSUMERS, TILE_ROWS, Tile, choose, rows_together, shared_bytes};
+use policy::{CONSUMERS, Plan, TILE_ROWS, Tile, choose, plan, rows_together, shared_bytes};
 
 /// `forge::Array`: weight, extra, three states, accumulator.
 const ARRAYS: usize = 6;
@@ -59,7 +59,10 @@ struct Params<const SEGMENTS: usize> {
     n_segments: u32,
     rows: u32,
     tiles_m: u32,
-    tiles_n: u32,
+    whole_cols: u32,
+    whole_places: u32,
+    narrow_cols: u32,
+    places: u32,
     group_m: u32,
     first_index: u64,
     global_cols: u64,
@@ -361,10 +364,9 @@ impl Call<'_> {
         stream: Stream,
     ) -> Result<()> {
         let Shard { rows, cols, .. } = *self.shard;
-        let (tiles_m, tiles_n) =
-            (rows.div_ceil(TILE_ROWS as usize) as u32, cols.div_ceil(tile.cols as usize) as u32);
-        let rows_of_places = tiles_m.div_ceil(tile.cluster);
         let sm_count = self.gpu.properties().sm_count;
+        let Plan { whole_cols, whole_places, narrow_cols, places } =
+            plan(tile, rows as u64, cols as u64, sm_count);
         let scalars = &self.step.value;
         let mut params = Params::<SEGMENTS> {
             arrays: [[EMPTY; 2]; ARRAYS],
@@ -374,8 +376,11 @@ impl Call<'_> {
             token_blocks: [0; SEGMENTS],
             n_segments: self.factors.len() as u32,
             rows: rows as u32,
-            tiles_m,
-            tiles_n,
+            tiles_m: rows.div_ceil(TILE_ROWS as usize) as u32,
+            whole_cols,
+            whole_places,
+            narrow_cols,
+            places,
             group_m: rows_together(tile, rows as u64, cols as u64, self.tokens(), sm_count),
             first_index: self.shard.global_index(0, 0),
             global_cols: self.shard.global_cols,
@@ -407,7 +412,6 @@ impl Call<'_> {
                     *maps = scale_maps(self.scales[k], rows, cols)?;
                 }
             }
-            let places = rows_of_places * tiles_n;
             let blocks = (sm_count / tile.cluster).min(places) * tile.cluster;
             let kernel = Kernel {
                 source: sources::WGRAD_SM90,

@@ -5,8 +5,8 @@
 //!   flight, and stages of 32 tokens are free again sooner than stages of 64;
 //! - many tokens: the tensor cores are. Tiles of 128×192 read less shared memory and L2 for each
 //!   product, and two blocks that share the loads of X read less still;
-//! - a tile must divide the shape into whole waves: on a small weight 192 columns may leave
-//!   multiprocessors idle in the last one.
+//! - what is left over at the right edge and in the last wave of blocks is cut into narrow tiles, or
+//!   on a small weight 192 columns would leave multiprocessors idle.
 
 use super::Streams;
 
@@ -48,9 +48,9 @@ struct Preference {
     tiles: &'static [Tile],
 }
 
-const PREFERENCES: [Preference; 3] = [
+const PREFERENCES: [Preference; 5] = [
     Preference {
-        most_tokens: 1024,
+        most_tokens: 768,
         tiles: &[
             tile(128, (8, 32), (128, 2), 1),
             tile(128, (8, 32), (64, 2), 1),
@@ -59,12 +59,37 @@ const PREFERENCES: [Preference; 3] = [
         ],
     },
     Preference {
-        most_tokens: 3072,
+        most_tokens: 1536,
         tiles: &[
             tile(192, (7, 32), (64, 3), 2),
+            tile(192, (6, 32), (32, 4), 2),
+            tile(192, (6, 32), (32, 3), 2),
+            tile(128, (8, 32), (128, 2), 1),
+            tile(128, (8, 32), (64, 2), 1),
+            tile(128, (8, 32), (32, 2), 1),
+        ],
+    },
+    Preference {
+        most_tokens: 3072,
+        tiles: &[
+            tile(192, (8, 32), (64, 2), 2),
             tile(192, (7, 32), (64, 2), 2),
-            tile(128, (8, 32), (64, 2), 2),
-            tile(128, (8, 32), (32, 3), 2),
+            tile(192, (7, 32), (32, 3), 2),
+            tile(192, (6, 32), (32, 3), 2),
+            tile(128, (5, 64), (64, 2), 2),
+            tile(128, (5, 64), (32, 3), 2),
+            tile(128, (8, 32), (32, 2), 2),
+        ],
+    },
+    Preference {
+        most_tokens: 6144,
+        tiles: &[
+            tile(192, (4, 64), (64, 2), 2),
+            tile(192, (8, 32), (32, 3), 2),
+            tile(192, (7, 32), (32, 3), 2),
+            tile(192, (6, 32), (32, 3), 2),
+            tile(128, (5, 64), (64, 2), 2),
+            tile(128, (5, 64), (32, 3), 2),
             tile(128, (8, 32), (32, 2), 2),
         ],
     },
@@ -72,25 +97,36 @@ const PREFERENCES: [Preference; 3] = [
         most_tokens: u64::MAX,
         tiles: &[
             tile(192, (4, 64), (64, 2), 2),
-            tile(192, (6, 32), (32, 4), 2),
+            tile(192, (4, 64), (32, 3), 2),
+            tile(192, (4, 64), (32, 2), 2),
             tile(192, (6, 32), (32, 3), 2),
-            tile(128, (8, 32), (64, 2), 2),
+            tile(128, (5, 64), (64, 2), 2),
+            tile(128, (5, 64), (32, 3), 2),
             tile(128, (8, 32), (32, 2), 2),
         ],
     },
 ];
 
-/// q8 blocks are 128 columns, so chunks and tiles are as well. Few tokens, then many.
-const Q8: [Preference; 2] = [
+/// q8 blocks are 128 columns, so chunks and tiles are as well.
+const Q8: [Preference; 3] = [
+    Preference {
+        most_tokens: 768,
+        tiles: &[
+            tile(128, (8, 32), (128, 3), 1),
+            tile(128, (8, 32), (128, 2), 1),
+            tile(128, (6, 32), (128, 2), 1),
+            tile(128, (4, 32), (128, 1), 1),
+        ],
+    },
     Preference { most_tokens: 1536, tiles: &q8_tiles(1) },
     Preference { most_tokens: u64::MAX, tiles: &q8_tiles(2) },
 ];
 
 const fn q8_tiles(cluster: u32) -> [Tile; 4] {
     [
-        tile(128, (8, 32), (128, 3), cluster),
-        tile(128, (8, 32), (128, 2), cluster),
-        tile(128, (6, 32), (128, 2), cluster),
+        tile(128, (5, 64), (128, 2), cluster),
+        tile(128, (4, 64), (128, 2), cluster),
+        tile(128, (3, 64), (128, 2), cluster),
         tile(128, (4, 32), (128, 1), 1),
     ]
 }
@@ -107,11 +143,64 @@ pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
     stages + rings * (slot + scales) + barriers + tallies + scalars
 }
 
-/// What one multiprocessor has to multiply, in units of 64 elements of dW.
-fn waves(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
-    let places =
-        rows.div_ceil(u64::from(TILE_ROWS * tile.cluster)) * cols.div_ceil(tile.cols.into());
-    places.div_ceil(u64::from(sm_count / tile.cluster)) * u64::from(TILE_ROWS * tile.cols) / 64
+/// Columns of a narrow tile: `forge::NARROW_COLS`.
+const NARROW_COLS: u32 = 64;
+
+/// Which tiles there are: `forge::Walk`. A place is a tile, or a cluster's tiles below each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Whole tiles beside each other.
+    pub whole_cols: u32,
+    /// Places that are walked as whole tiles. If there are more, they are cut into narrow tiles.
+    pub whole_places: u32,
+    /// Columns of narrow tiles right of the whole ones.
+    pub narrow_cols: u32,
+    /// Places of both kinds.
+    pub places: u32,
+}
+
+impl Plan {
+    /// `cut` places of whole tiles are walked as narrow ones.
+    fn new(tile: &Tile, rows_of_places: u32, whole_cols: u32, narrow_cols: u32, cut: u32) -> Self {
+        let whole_places = rows_of_places * whole_cols - cut;
+        let narrow = cut * (tile.cols / NARROW_COLS) + rows_of_places * narrow_cols;
+        Self { whole_cols, whole_places, narrow_cols, places: whole_places + narrow }
+    }
+
+    /// What the busiest block has to do, in sixths of 64 columns of a tile. A narrow tile costs more
+    /// than its share, since products read dY's part of a stage for fewer columns; and those at the
+    /// right edge, which come last, read all of dY from memory once more.
+    fn cost(&self, tile: &Tile, rows: u64, wave: u32) -> u64 {
+        let whole = self.whole_places.div_ceil(wave) * (tile.cols / NARROW_COLS) * 6;
+        let narrow = (self.places - self.whole_places).div_ceil(wave) * 9;
+        u64::from(whole + narrow) + u64::from(self.narrow_cols) * rows / 1024
+    }
+}
+
+/// How a weight is cut into places. Whole tiles alone may reach beyond its right edge and leave blocks
+/// idle in the last wave; narrow tiles, where the kernel has them, fill both.
+pub fn plan(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> Plan {
+    let rows_of_places = rows.div_ceil(u64::from(TILE_ROWS * tile.cluster)) as u32;
+    let wave = sm_count / tile.cluster;
+    let all_whole = Plan::new(tile, rows_of_places, cols.div_ceil(tile.cols.into()) as u32, 0, 0);
+    if tile.chunk_cols > NARROW_COLS {
+        return all_whole;
+    }
+    let whole_cols = (cols / u64::from(tile.cols)) as u32;
+    let rest = cols - u64::from(whole_cols) * u64::from(tile.cols);
+    let narrow_cols = rest.div_ceil(NARROW_COLS.into()) as u32;
+    let edge = Plan::new(tile, rows_of_places, whole_cols, narrow_cols, 0);
+    let cut = rows_of_places * whole_cols % wave;
+    let edge_and_wave = Plan::new(tile, rows_of_places, whole_cols, narrow_cols, cut);
+    [all_whole, edge, edge_and_wave]
+        .into_iter()
+        .min_by_key(|p| p.cost(tile, rows, wave))
+        .unwrap_or(edge)
+}
+
+/// What one block has to multiply.
+fn work(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
+    plan(tile, rows, cols, sm_count).cost(tile, rows, sm_count / tile.cluster)
 }
 
 /// Bytes of a factor that stay in the L2 from one wave of tiles to the next: less than half of an
@@ -181,9 +270,9 @@ pub fn choose(
     let first = *tiles.next()?;
     // An eighth more waves eats up what the wider tile saves.
     let narrow = tiles.find(|t| t.cols < first.cols);
-    let most = waves(&first, rows, cols, sm_count);
+    let most = work(&first, rows, cols, sm_count);
     Some(match narrow {
-        Some(other) if waves(other, rows, cols, sm_count) * 9 / 8 <= most => *other,
+        Some(other) if work(other, rows, cols, sm_count) * 9 / 8 <= most => *other,
         _ => first,
     })
 }
@@ -237,6 +326,86 @@ mod tests {
         let streams = Streams { bytes: 6, q8: false };
         let at = |rows, cols| choose(rows, cols, 4096, &streams, H200.0, H200.1).unwrap().cols;
         assert_eq!(at(28672, 4096), 192);
-        assert_eq!(at(4096, 4096), 128);
+        assert_eq!(at(4096, 4096), 192);
+        // 128 pairs of tiles for 66 pairs of multiprocessors: two full waves.
+        assert_eq!(at(1024, 4096), 128);
+    }
+
+    /// `forge::Walk::tile`: row of places, first column and columns.
+    fn place_of(
+        place: u32,
+        tile: &Tile,
+        plan: &Plan,
+        rows_of_places: u32,
+        group_m: u32,
+    ) -> [u32; 3] {
+        let narrow = place >= plan.whole_places;
+        let (mut at, mut within) = (place, 0);
+        if narrow {
+            let index = place - plan.whole_places;
+            let per_tile = tile.cols / NARROW_COLS;
+            let cut = (rows_of_places * plan.whole_cols - plan.whole_places) * per_tile;
+            if index >= cut {
+                let edge = index - cut;
+                let col = plan.whole_cols * tile.cols + edge / rows_of_places * NARROW_COLS;
+                return [edge % rows_of_places, col, NARROW_COLS];
+            }
+            at = plan.whole_places + index / per_tile;
+            within = index % per_tile * NARROW_COLS;
+        }
+        let (group, rest) = (at / (group_m * plan.whole_cols), at % (group_m * plan.whole_cols));
+        let height = group_m.min(rows_of_places - group * group_m);
+        let n = rest / height;
+        let n = if group % 2 == 0 { n } else { plan.whole_cols - 1 - n };
+        let cols = if narrow { NARROW_COLS } else { tile.cols };
+        [group * group_m + rest % height, n * tile.cols + within, cols]
+    }
+
+    #[test]
+    fn places_cover_the_weight_once() {
+        let shapes = [(4096, 4096), (4096, 14336), (28672, 4096), (64, 64), (136, 264), (640, 200)];
+        let tiles = [
+            tile(192, (7, 32), (64, 2), 2),
+            tile(192, (7, 32), (32, 3), 1),
+            tile(128, (8, 32), (64, 2), 1),
+            tile(128, (8, 32), (128, 2), 1),
+        ];
+        for (rows, cols) in shapes {
+            for tile in &tiles {
+                let plan = plan(tile, rows, cols, H200.0);
+                let rows_of_places = rows.div_ceil(u64::from(TILE_ROWS * tile.cluster)) as u32;
+                let group_m = rows_together(tile, rows, cols, 8192, H200.0);
+                let units = cols.div_ceil(NARROW_COLS.into()) as usize;
+                let mut seen = vec![0; rows_of_places as usize * units];
+                for place in 0..plan.places {
+                    let [row, col, width] = place_of(place, tile, &plan, rows_of_places, group_m);
+                    assert!(u64::from(col) < cols, "{rows}x{cols} {tile:?}: a tile outside");
+                    for unit in col / NARROW_COLS..(col + width) / NARROW_COLS {
+                        if let Some(n) = seen.get_mut(row as usize * units + unit as usize)
+                            && (unit as usize) < units
+                        {
+                            *n += 1;
+                        }
+                    }
+                }
+                assert!(seen.iter().all(|n| *n == 1), "{rows}x{cols} {tile:?} {plan:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_tiles_fill_the_last_wave() {
+        let wide = tile(192, (8, 32), (64, 2), 2);
+        // 112 × 22 are 37.3 waves; 64 columns at the edge would save one, and read dY again.
+        assert_eq!(plan(&wide, 28672, 4096, H200.0).narrow_cols, 0);
+        // 16 rows of 74 whole tiles are 17.9 waves of 66 pairs; 128 columns are left over.
+        let at = plan(&wide, 4096, 14336, H200.0);
+        assert_eq!((at.whole_cols, at.narrow_cols, at.whole_places), (74, 2, 16 * 74));
+        // 16 × 21 are 5 waves and 6: these are cut in three.
+        let at = plan(&wide, 4096, 4096, H200.0);
+        assert_eq!((at.whole_places, at.places), (330, 330 + 6 * 3 + 16));
+        // Where a chunk is wider than a narrow tile, there are none.
+        let at = plan(&tile(128, (8, 32), (128, 2), 1), 4096, 4160, H200.0);
+        assert_eq!((at.whole_places, at.places), (32 * 33, 32 * 33));
     }
 }
