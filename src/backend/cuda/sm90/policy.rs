@@ -48,7 +48,7 @@ struct Preference {
     tiles: &'static [Tile],
 }
 
-const PREFERENCES: [Preference; 5] = [
+const PREFERENCES: [Preference; 4] = [
     Preference {
         most_tokens: 768,
         tiles: &[
@@ -82,18 +82,6 @@ const PREFERENCES: [Preference; 5] = [
         ],
     },
     Preference {
-        most_tokens: 6144,
-        tiles: &[
-            tile(192, (4, 64), (64, 2), 2),
-            tile(192, (8, 32), (32, 3), 2),
-            tile(192, (7, 32), (32, 3), 2),
-            tile(192, (6, 32), (32, 3), 2),
-            tile(128, (5, 64), (64, 2), 2),
-            tile(128, (5, 64), (32, 3), 2),
-            tile(128, (8, 32), (32, 2), 2),
-        ],
-    },
-    Preference {
         most_tokens: u64::MAX,
         tiles: &[
             tile(192, (4, 64), (64, 2), 2),
@@ -107,22 +95,25 @@ const PREFERENCES: [Preference; 5] = [
     },
 ];
 
-/// q8 blocks are 128 columns, so chunks and tiles are as well.
-const Q8: [Preference; 3] = [
-    Preference {
-        most_tokens: 768,
-        tiles: &[
-            tile(128, (8, 32), (128, 3), 1),
-            tile(128, (8, 32), (128, 2), 1),
-            tile(128, (6, 32), (128, 2), 1),
-            tile(128, (4, 32), (128, 1), 1),
-        ],
-    },
-    Preference { most_tokens: 1536, tiles: &q8_tiles(1) },
-    Preference { most_tokens: u64::MAX, tiles: &q8_tiles(2) },
+/// q8 blocks are 128 columns, so chunks and tiles are as well. Stages of 64 tokens are faster between 1024
+/// and 4096 tokens, and on a weight of 128256×4096 much slower at 8192 (docs/kernels.md).
+const Q8: [Preference; 4] = [
+    Preference { most_tokens: 768, tiles: &q8_slots(1) },
+    Preference { most_tokens: 1536, tiles: &q8_stages(1) },
+    Preference { most_tokens: 6144, tiles: &q8_stages(2) },
+    Preference { most_tokens: u64::MAX, tiles: &q8_slots(2) },
 ];
 
-const fn q8_tiles(cluster: u32) -> [Tile; 4] {
+const fn q8_slots(cluster: u32) -> [Tile; 4] {
+    [
+        tile(128, (8, 32), (128, 3), cluster),
+        tile(128, (8, 32), (128, 2), cluster),
+        tile(128, (6, 32), (128, 2), cluster),
+        tile(128, (4, 32), (128, 1), 1),
+    ]
+}
+
+const fn q8_stages(cluster: u32) -> [Tile; 4] {
     [
         tile(128, (5, 64), (128, 2), cluster),
         tile(128, (4, 64), (128, 2), cluster),
