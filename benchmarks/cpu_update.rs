@@ -68,7 +68,7 @@ impl Case {
         let scheme = Scheme {
             rule,
             flags: 0,
-            n_states: rule.states(0),
+            n_states: rule.states(0).len(),
             weight_format: WeightFormat::F32,
             weight_rounding: Rounding::Nearest,
             state_formats: [StateFormat::F32; MAX_STATES],

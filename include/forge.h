@@ -32,6 +32,15 @@
 // `rule_flags`: keep a momentum buffer.
 #define FORGE_RULE_MOMENTUM 4
 
+// `rule_flags`: keep the largest second moment so far, and divide by it.
+#define FORGE_RULE_AMSGRAD 8
+
+// `rule_flags`: keep an average of the gradient, and divide by its deviation.
+#define FORGE_RULE_CENTERED 16
+
+// `rule_flags`: apply weight decay to the weight instead of adding it to the gradient.
+#define FORGE_RULE_DECOUPLED 32
+
 // Every status a `forge_*` function returns, in numbered bands:
 // 0 success, 1xx the call's arguments, 3xx communication, 4xx backend, 9xx internal.
 //

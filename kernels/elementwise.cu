@@ -32,8 +32,9 @@ using Form = CodedForm<FORGE_RULE, all_coded(N_STATES, STATE_FORMAT[0] == Q8, ST
 template <int K> constexpr bool STATE_DRAWS = FORGE_STATE_STOCHASTIC != 0 && STATE_FORMAT[K] != F32;
 
 // Blocks that share an SM: three where the registers suffice, for more loads in flight.
-constexpr bool FEW_REGISTERS = VECTOR && FORGE_STATE_STOCHASTIC == 0 && FORGE_STATE0_FORMAT != Q8 &&
-                               FORGE_STATE1_FORMAT != Q8 && FORGE_STATE2_FORMAT != Q8;
+constexpr bool FEW_REGISTERS = VECTOR && N_STATES < 3 && FORGE_STATE_STOCHASTIC == 0 &&
+                               FORGE_STATE0_FORMAT != Q8 && FORGE_STATE1_FORMAT != Q8 &&
+                               FORGE_STATE2_FORMAT != Q8;
 constexpr int BLOCKS = FEW_REGISTERS ? 3 : 2;
 
 // A thread's run of 8 elements of one row.

@@ -67,5 +67,8 @@ FORGE_DEVICE float fast_reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+FORGE_DEVICE float quotient(float numerator, float divisor) {
+    return __fmul_rn(numerator, fast_reciprocal(divisor));
+}
 
 } // namespace forge

@@ -15,10 +15,9 @@ struct ScalarsInMemory {
 extern "C" __global__ void __launch_bounds__(1)
     forge_prologue(const ScalarsInMemory *source, u32 parameter, u32 maximize, StepScalars *out) {
     StepScalars s{};
-    FORGE_RULE::constants(static_cast<double>(source->step), source->grad_scale, source->hyper,
-                          s.constants);
-    const float scale = static_cast<float>(source->grad_scale);
-    s.grad_scale = maximize != 0 ? -scale : scale;
+    const double scale = maximize != 0 ? -source->grad_scale : source->grad_scale;
+    FORGE_RULE::constants(static_cast<double>(source->step), scale, source->hyper, s.constants);
+    s.grad_scale = static_cast<float>(scale);
     s.key[0] = static_cast<u32>(source->seed);
     s.key[1] = parameter;
     s.step = static_cast<u32>(source->step);

@@ -1,8 +1,18 @@
 // Every rule. FORGE_RULE names one of them, RuleInfo::cuda on the host side.
 #pragma once
+#include "rules/adadelta.cuh"
+#include "rules/adagrad.cuh"
 #include "rules/adam.cuh"
+#include "rules/adamax.cuh"
+#include "rules/ademamix.cuh"
+#include "rules/asgd.cuh"
 #include "rules/lion.cuh"
+#include "rules/nadam.cuh"
+#include "rules/radam.cuh"
+#include "rules/rmsprop.cuh"
+#include "rules/rprop.cuh"
 #include "rules/sgd.cuh"
+#include "rules/signum.cuh"
 
 namespace forge {
 

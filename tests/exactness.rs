@@ -52,7 +52,7 @@ proptest! {
     #[test]
     fn fused_is_two_phase_on_random_shapes(
         out in 1usize..700, inn in 1usize..700, tokens in prop::collection::vec(0usize..400, 1..4),
-        rule in 0usize..10, weight in 0usize..5, state in 0usize..5, threads in 1usize..4, seed: u64,
+        rule in 0..rules().len(), weight in 0usize..5, state in 0usize..5, threads in 1usize..4, seed: u64,
     ) {
         let (name, flags) = rules()[rule];
         let cpu = cpu(threads);

@@ -17,7 +17,7 @@ use forge::backend::cuda::sources::{self, Source};
 use forge::backend::cuda::{Cuda, specialise};
 use forge::error::forge_status;
 use forge::format::{Dtype, Rounding, StateFormat, WeightFormat};
-use forge::rule::MAXIMIZE;
+use forge::rule::{AMSGRAD, MAXIMIZE};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::os::unix::fs::PermissionsExt;
@@ -104,21 +104,20 @@ fn jobs() -> BTreeSet<Job> {
             }
             let rule = scheme(name, flags, WEIGHTS[0], STATES[0], Dtype::Bf16);
             add(sources::PROLOGUE, specialise::rule(&rule));
-            for weight in WEIGHTS {
-                for state in STATES {
-                    for vector in [1, 0] {
-                        // Without vectors the rule makes no difference to what may go wrong.
-                        if name != "adamw" && (architecture != MAIN || vector == 0) {
-                            continue;
-                        }
-                        if architecture != MAIN && vector == 0 {
-                            continue;
-                        }
-                        let scheme = scheme(name, flags, weight, state, Dtype::Bf16);
-                        let mut defines = specialise::update(&scheme);
-                        defines.push(format!("FORGE_VECTOR={vector}"));
-                        add(sources::ELEMENTWISE, defines);
+            let all: Vec<_> = WEIGHTS.into_iter().flat_map(|w| STATES.map(|s| (w, s))).collect();
+            for (weight, state) in if name == "adamw" { all } else { in_use() } {
+                for vector in [1, 0] {
+                    // Without vectors the rule makes no difference to what may go wrong, nor on other
+                    // architectures.
+                    if (name != "adamw" || vector == 0) && architecture != MAIN
+                        || name != "adamw" && vector == 0
+                    {
+                        continue;
                     }
+                    let scheme = scheme(name, flags, weight, state, Dtype::Bf16);
+                    let mut defines = specialise::update(&scheme);
+                    defines.push(format!("FORGE_VECTOR={vector}"));
+                    add(sources::ELEMENTWISE, defines);
                 }
             }
         }
@@ -174,7 +173,8 @@ fn fused() -> Vec<(Scheme, Specialisation)> {
         out.push((scheme, fused));
     };
     let usual = (true, false, 1);
-    // Every rule and format; with AdamW the formats in use with each tile.
+    // Every format with AdamW and with SGD, the formats in use with the other rules; with AdamW these with
+    // each tile.
     for (weight, state) in in_use() {
         let scheme = scheme("adamw", 0, weight, state, Dtype::Bf16);
         for tokens in [2048, 8192] {
@@ -183,13 +183,17 @@ fn fused() -> Vec<(Scheme, Specialisation)> {
         add(scheme, Mode::Update, true, 512, usual);
     }
     for (name, flags) in rules() {
-        if flags & MAXIMIZE == 0 {
-            for weight in WEIGHTS {
-                for state in STATES {
-                    let scheme = scheme(name, flags, weight, state, Dtype::Bf16);
-                    add(scheme, Mode::Update, false, 512, usual);
-                }
-            }
+        if flags & MAXIMIZE != 0 {
+            continue;
+        }
+        let formats: Vec<_> = if ["adamw", "sgd"].contains(&name) && flags & AMSGRAD == 0 {
+            WEIGHTS.into_iter().flat_map(|w| STATES.map(|s| (w, s))).collect()
+        } else {
+            in_use()
+        };
+        for (weight, state) in formats {
+            let scheme = scheme(name, flags, weight, state, Dtype::Bf16);
+            add(scheme, Mode::Update, false, 512, usual);
         }
     }
     let adamw = |factor| scheme("adamw", 0, WEIGHTS[1], STATES[1], factor);
@@ -275,13 +279,21 @@ fn every_specialisation_compiles_without_warnings_or_spills() {
                                 tables.lock().unwrap()[index] = resources(job, &log);
                             }
                             // Kernels that are no main ones may have some registers in memory: the
-                            // element-wise one for ragged shapes, and q8 with a buffer to add.
+                            // element-wise one for ragged shapes and rules other than AdamW, q8 with a
+                            // buffer to add, and three states of q8.
                             let has = |define: &str| job.defines.iter().any(|d| d == define);
-                            let buffer = has("FORGE_ACCUMULATOR=1") && has("FORGE_STATE0_FORMAT=2");
-                            let most = match (has("FORGE_VECTOR=0"), buffer) {
-                                (true, _) => 8,
-                                (_, true) => 16,
-                                _ => 0,
+                            let elementwise = job.source == sources::ELEMENTWISE.name;
+                            let adamw = has("FORGE_RULE=forge::AdamW");
+                            let most = if has("FORGE_STATE2_FORMAT=2") && !elementwise {
+                                140
+                            } else if has("FORGE_VECTOR=0") {
+                                20
+                            } else if elementwise && !adamw
+                                || has("FORGE_ACCUMULATOR=1") && has("FORGE_STATE0_FORMAT=2")
+                            {
+                                16
+                            } else {
+                                0
                             };
                             let spills =
                                 log.lines().any(|line| before(line, " bytes spill") > most);

@@ -9,45 +9,123 @@ use forge::linear::Parallel;
 use forge::rule;
 use forge::rule::StepScalars;
 
-/// One element of each rule, straight from its definition, in fp64.
-fn reference(
-    name: &str,
-    flags: u32,
-    s: &StepScalars,
-    g: f64,
-    w: &mut f64,
-    m: &mut f64,
-    v: &mut f64,
-) {
-    let h = &s.hyper;
-    let (lr, decay, t) = (h[0], h[1], s.step as i32);
-    let g = g * s.grad_scale * if flags & rule::MAXIMIZE != 0 { -1.0 } else { 1.0 };
+/// One element of each rule, straight from its definition, in fp64. `s`: its states, and behind them
+/// what torch keeps besides (NAdam's product of μ).
+fn reference(name: &str, flags: u32, scalars: &StepScalars, g: f64, w: &mut f64, s: &mut [f64; 4]) {
+    let h = &scalars.hyper;
+    let (lr, decay, t) = (h[0], h[1], scalars.step as i32);
+    let has = |flag: u32| flags & flag != 0;
+    let mut g = g * scalars.grad_scale * if has(rule::MAXIMIZE) { -1.0 } else { 1.0 };
+    let decoupled = ["adamw", "lion", "signum", "ademamix"].contains(&name) || has(rule::DECOUPLED);
+    if decoupled {
+        *w -= lr * decay * *w;
+    } else {
+        g += decay * *w;
+    }
+    let average = |beta: f64, old: f64, new: f64| beta * old + (1.0 - beta) * new;
+    let sign = |x: f64| if x == 0.0 { 0.0 } else { x.signum() };
     match name {
         "sgd" => {
-            let g = g + decay * *w;
-            if flags & rule::MOMENTUM == 0 {
+            if !has(rule::MOMENTUM) {
                 *w -= lr * g;
                 return;
             }
-            *m = if t == 1 { g } else { h[2] * *m + (1.0 - h[3]) * g };
-            *w -= lr * if flags & rule::NESTEROV != 0 { g + h[2] * *m } else { *m };
+            s[0] = if t == 1 { g } else { h[2] * s[0] + (1.0 - h[3]) * g };
+            *w -= lr * if has(rule::NESTEROV) { g + h[2] * s[0] } else { s[0] };
         }
         "lion" => {
-            let u = h[2] * *m + (1.0 - h[2]) * g;
-            *w -= lr * (decay * *w + if u == 0.0 { 0.0 } else { u.signum() });
-            *m = h[3] * *m + (1.0 - h[3]) * g;
+            *w -= lr * sign(average(h[2], s[0], g));
+            s[0] = average(h[3], s[0], g);
         }
-        _ => {
-            let g = if name == "adam" { g + decay * *w } else { g };
-            if name == "adamw" {
-                *w -= lr * decay * *w;
+        "signum" => {
+            s[0] = average(h[2], s[0], g);
+            *w -= lr * sign(s[0]);
+        }
+        "adam" | "adamw" => {
+            s[0] = average(h[2], s[0], g);
+            s[1] = average(h[3], s[1], g * g);
+            s[2] = s[2].max(s[1]);
+            let square = if has(rule::AMSGRAD) { s[2] } else { s[1] };
+            let v_hat = square / (1.0 - h[3].powi(t));
+            *w -= lr * (s[0] / (1.0 - h[2].powi(t))) / (v_hat.sqrt() + h[4]);
+        }
+        "adamax" => {
+            s[0] = average(h[2], s[0], g);
+            s[1] = (h[3] * s[1]).max(g.abs() + h[4]);
+            *w -= lr / (1.0 - h[2].powi(t)) * s[0] / s[1];
+        }
+        "nadam" => {
+            let mu = |t: i32| h[2] * (1.0 - 0.5 * 0.96f64.powf(f64::from(t) * h[5]));
+            s[3] = mu(t) * if t == 1 { 1.0 } else { s[3] };
+            s[0] = average(h[2], s[0], g);
+            s[1] = average(h[3], s[1], g * g);
+            let divisor = (s[1] / (1.0 - h[3].powi(t))).sqrt() + h[4];
+            *w -= lr * (1.0 - mu(t)) / (1.0 - s[3]) * g / divisor;
+            *w -= lr * mu(t + 1) / (1.0 - s[3] * mu(t + 1)) * s[0] / divisor;
+        }
+        "radam" => {
+            s[0] = average(h[2], s[0], g);
+            s[1] = average(h[3], s[1], g * g);
+            let m_hat = s[0] / (1.0 - h[2].powi(t));
+            let bias2 = 1.0 - h[3].powi(t);
+            let limit = 2.0 / (1.0 - h[3]) - 1.0;
+            let rho = limit - 2.0 * f64::from(t) * h[3].powi(t) / bias2;
+            if rho > 5.0 {
+                let above = (rho - 4.0) * (rho - 2.0) * limit;
+                let below = (limit - 4.0) * (limit - 2.0) * rho;
+                *w -= lr * m_hat * (above / below).sqrt() * bias2.sqrt() / (s[1].sqrt() + h[4]);
+            } else {
+                *w -= lr * m_hat;
             }
-            *m = h[2] * *m + (1.0 - h[2]) * g;
-            *v = h[3] * *v + (1.0 - h[3]) * g * g;
-            let m_hat = *m / (1.0 - h[2].powi(t));
-            let v_hat = *v / (1.0 - h[3].powi(t));
-            *w -= lr * m_hat / (v_hat.sqrt() + h[4]);
         }
+        "ademamix" => {
+            let done = (f64::from(t) / h[7]).min(1.0);
+            let (alpha, first, last) = (h[6] * done, h[2].ln(), h[4].ln());
+            let beta3 = (first * last / ((1.0 - done) * last + done * first)).exp().min(h[4]);
+            s[0] = average(h[2], s[0], g);
+            s[1] = average(h[3], s[1], g * g);
+            s[2] = average(beta3, s[2], g);
+            let v_hat = s[1] / (1.0 - h[3].powi(t));
+            *w -= lr * (s[0] / (1.0 - h[2].powi(t)) + alpha * s[2]) / (v_hat.sqrt() + h[5]);
+        }
+        "rmsprop" => {
+            s[0] = average(h[2], s[0], g * g);
+            s[2] = average(h[2], s[2], g);
+            let variance = if has(rule::CENTERED) { s[0] - s[2] * s[2] } else { s[0] };
+            let step = g / (variance.max(0.0).sqrt() + h[3]);
+            s[1] = if has(rule::MOMENTUM) { h[4] * s[1] } else { 0.0 } + step;
+            *w -= lr * s[1];
+        }
+        "adagrad" => {
+            s[0] += g * g + if t == 1 { h[3] } else { 0.0 };
+            *w -= lr / (1.0 + f64::from(t - 1) * h[2]) * g / (s[0].sqrt() + h[4]);
+        }
+        "adadelta" => {
+            s[0] = average(h[2], s[0], g * g);
+            let delta = (s[1] + h[3]).sqrt() / (s[0] + h[3]).sqrt() * g;
+            s[1] = average(h[2], s[1], delta * delta);
+            *w -= lr * delta;
+        }
+        "rprop" => {
+            let size = if t == 1 { lr } else { s[1] };
+            let kept = sign(g) * sign(s[0]);
+            let factor = if kept > 0.0 {
+                h[3]
+            } else if kept < 0.0 {
+                h[2]
+            } else {
+                1.0
+            };
+            s[1] = (size * factor).clamp(h[4], h[5]);
+            s[0] = if kept < 0.0 { 0.0 } else { g };
+            *w -= s[1] * sign(s[0]);
+        }
+        "asgd" => {
+            let eta = lr / (1.0 + h[2] * lr * f64::from(t - 1)).powf(h[3]);
+            *w = *w * (1.0 - h[2] * eta) - eta * g;
+            s[0] += (*w - s[0]) / (f64::from(t - 1) - h[4]).max(1.0);
+        }
+        _ => panic!("no definition of {name}"),
     }
 }
 
@@ -88,14 +166,14 @@ fn every_rule_follows_fp64_over_50_steps() {
         let mut r = Random(77);
         let mut p = Parameter::random(&mut r, scheme, &cpu, out, inn);
         let mut w: Vec<f64> = p.export(Image::Weight).iter().map(|v| f64::from(*v)).collect();
-        let (mut m, mut v) = (vec![0f64; w.len()], vec![0f64; w.len()]);
+        let mut states = vec![[0f64; 4]; w.len()];
         for step in 1..=50 {
             let s = scalars(name, step);
             let segments = [Segment::random(&mut r, 19, out, inn, Dtype::F32)];
             p.update(&factors(&segments), None, &s);
             let g = f64_gradient(&segments);
             for k in 0..w.len() {
-                reference(name, flags, &s, g[k], &mut w[k], &mut m[k], &mut v[k]);
+                reference(name, flags, &s, g[k], &mut w[k], &mut states[k]);
             }
         }
         let got = p.export(Image::Weight);

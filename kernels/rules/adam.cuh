@@ -5,9 +5,11 @@
 namespace forge {
 
 template <bool Coupled> struct AdamRule {
-    static constexpr int STATES = 2;
+    static constexpr bool AMSGRAD = (FORGE_RULE_FLAGS & 8u) != 0;
+    static constexpr int STATES = AMSGRAD ? 3 : 2;
 
-    // Once for each step, in fp64. `hyper`: lr, weight decay, β₁, β₂, ε.
+    // Once for each step, in fp64. `hyper`: lr, weight decay, β₁, β₂, ε. `grad_scale` has the sign
+    // of `maximize`.
     FORGE_DEVICE static void constants(double step, double grad_scale, const double *hyper,
                                        float *c) {
         const double lr = hyper[0], decay = hyper[1], beta1 = hyper[2], beta2 = hyper[3],
@@ -36,13 +38,17 @@ template <bool Coupled> struct AdamRule {
         const float root = decay_and_root(c, g, scale, w);
         s[0] = __fmaf_rn(c[3], __fmaf_rn(g, scale, -s[0]), s[0]);
         s[1] = __fmaf_rn(root, root, __fmul_rn(c[4], s[1]));
-        step(w, c[2], s[0], __fmaf_rn(fast_sqrt(s[1]), c[8], c[10]));
+        const float square = AMSGRAD ? s[2] = fmaxf(s[2], s[1]) : s[1];
+        step(w, c[2], s[0], __fmaf_rn(fast_sqrt(square), c[8], c[10]));
     }
 
     // Both states from codes: β₁m and √β₂·√v come, m and √v go, both m in units of
-    // (1−β₁)/√(1−β₂), in which √(1−β₂)·g is what the gradient adds to it.
+    // (1−β₁)/√(1−β₂), in which √(1−β₂)·g is what the gradient adds to it. Amsgrad's third comes and
+    // goes as a root.
     static constexpr bool CODED = true;
-    FORGE_DEVICE static float coded_factor(const float *c, int state) { return c[11 + state]; }
+    FORGE_DEVICE static float coded_factor(const float *c, int state) {
+        return state == 2 ? 1.0f : c[11 + state];
+    }
     FORGE_DEVICE static float coded_unit(const float *c, int state) {
         return state == 0 ? c[13] : 1.0f;
     }
@@ -51,7 +57,8 @@ template <bool Coupled> struct AdamRule {
         const float root = decay_and_root(c, g, scale, w);
         s[0] = __fmaf_rn(s[0], worth[0], root);
         s[1] = fast_sqrt(__fmaf_rn(root, root, __fmul_rn(s[1], s[1])));
-        step(w, c[2], s[0], __fmaf_rn(s[1], c[14], c[15]));
+        const float divides = AMSGRAD ? s[2] = fmaxf(s[2], s[1]) : s[1];
+        step(w, c[2], s[0], __fmaf_rn(divides, c[14], c[15]));
     }
 
   private:

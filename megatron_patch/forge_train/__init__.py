@@ -28,15 +28,36 @@ from .native import (
     version,
 )
 from .optimizer import FusedOptimizer
-from .rules import SGD, Adam, AdamW, Lion, Rule
+from .rules import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    AdEMAMix,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    Rule,
+    Signum,
+)
 from .weights import DenseWeight, FusedWeight
 
 __version__ = version()
 
 __all__ = [
+    "ASGD",
     "SGD",
+    "AdEMAMix",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Comm",
     "Context",
     "DenseWeight",
@@ -53,8 +74,13 @@ __all__ = [
     "Linear",
     "LinearSpec",
     "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
     "Row",
+    "Rprop",
     "Rule",
+    "Signum",
     "StepResult",
     "fuse",
     "fused_linear",

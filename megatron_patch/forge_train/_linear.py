@@ -91,7 +91,7 @@ class Linear:
             )
         # The library wants the communicator to outlive its linears: hold on to it.
         self.comm = comm if comm is not None else Comm(self.context)
-        self.flags = rule_flags(spec.rule.options)
+        self.flags = rule_flags(spec.rule.name, spec.rule.options)
         self.rule = rule_info(spec.rule.name, self.flags)
         if spec.factor_dtype not in _FACTOR_DTYPES:
             raise ValueError(
@@ -166,9 +166,9 @@ class Linear:
                 number is out of the rule's range.
         """
         options = {**self.spec.rule.options, **group}
-        if rule_flags(options) != self.flags:
+        if rule_flags(self.spec.rule.name, options) != self.flags:
             raise ValueError(
-                f"{self.name}: maximize, nesterov and whether momentum is 0 are fixed at fuse(); "
+                f"{self.name}: on/off options and whether momentum is 0 are fixed at fuse(); "
                 "remove() and fuse() again to change them"
             )
         scalars = Scalars(step, seed, grad_scale, hyper_values(self.rule, options))

@@ -160,7 +160,7 @@ def fuse(
 
     Args:
         model: in fp32 or bf16, on the CPU or on one NVIDIA GPU, where it stays.
-        rule: ``SGD``, ``Adam``, ``AdamW`` or ``Lion`` with torch.optim's arguments.
+        rule: ``AdamW``, ``SGD`` or another :class:`Rule`, with torch.optim's arguments.
         groups: param groups as torch.optim takes them, each with options that override the
             rule's; None: one group of all parameters.
         weight_format: ``fp32``, ``bf16``, ``bf16+fp32``, ``bf16+16`` or ``auto``: fp32 for fp32

@@ -225,7 +225,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             options = {key: saved.get(key, group[key]) for key in self.rule.options}
-            if saved.get("amsgrad") or rule_flags(options) != rule_flags(group):
+            name = self.rule.name
+            # torch's groups say so of rules that have it; the others cannot follow.
+            lost = saved.get("amsgrad") and "amsgrad" not in self.rule.options
+            if lost or rule_flags(name, options) != rule_flags(name, group):
                 raise ValueError(
                     f"load_state_dict: param group {index} was saved with other options than "
                     f"{type(self.rule).__name__} was fused with (amsgrad, maximize, nesterov, or "

@@ -5,7 +5,7 @@ pub mod cpu;
 pub mod cuda;
 
 use crate::error::Result;
-use crate::format::{Dtype, Rounding, StateFormat, WeightFormat};
+use crate::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
 use crate::philox::Noise;
 use crate::rule::{Constants, ErasedRule, MAX_STATES, MAXIMIZE, StepScalars};
 use std::ffi::c_void;
@@ -115,6 +115,13 @@ pub struct Scheme {
     pub factor_dtype: Dtype,
     /// Philox key of the parameter.
     pub parameter_id: u32,
+}
+
+impl Scheme {
+    /// What 8-bit codes may assume of state `k`.
+    pub fn state_kind(&self, k: usize) -> StateKind {
+        self.rule.states(self.flags)[k].kind
+    }
 }
 
 /// The scalars of a step, in the form the tiles use.

@@ -42,7 +42,7 @@ unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
             bail!(FORGE_ERROR_UNSUPPORTED, "factor_dtype: {other:?}; factors are F32, BF16 or F16")
         }
     };
-    let n_states = rule.states(config.rule_flags);
+    let n_states = rule.states(config.rule_flags).len();
     let mut state_formats = [StateFormat::F32; MAX_STATES];
     for (k, format) in state_formats[..n_states].iter_mut().enumerate() {
         let name = format!("state_formats[{k}]");

@@ -36,13 +36,20 @@ pub const FORGE_RULE_MAXIMIZE: u32 = 1;
 pub const FORGE_RULE_NESTEROV: u32 = 2;
 /// `rule_flags`: keep a momentum buffer.
 pub const FORGE_RULE_MOMENTUM: u32 = 4;
+/// `rule_flags`: keep the largest second moment so far, and divide by it.
+pub const FORGE_RULE_AMSGRAD: u32 = 8;
+/// `rule_flags`: keep an average of the gradient, and divide by its deviation.
+pub const FORGE_RULE_CENTERED: u32 = 16;
+/// `rule_flags`: apply weight decay to the weight instead of adding it to the gradient.
+pub const FORGE_RULE_DECOUPLED: u32 = 32;
 
 const _: () = {
     use crate::rule;
     assert!(FORGE_MAX_STATES == rule::MAX_STATES && FORGE_MAX_HYPER == rule::MAX_HYPER);
     assert!(FORGE_HYPER_LR == rule::LR && FORGE_HYPER_WEIGHT_DECAY == rule::WEIGHT_DECAY);
     assert!(FORGE_RULE_MAXIMIZE == rule::MAXIMIZE && FORGE_RULE_NESTEROV == rule::NESTEROV);
-    assert!(FORGE_RULE_MOMENTUM == rule::MOMENTUM);
+    assert!(FORGE_RULE_MOMENTUM == rule::MOMENTUM && FORGE_RULE_AMSGRAD == rule::AMSGRAD);
+    assert!(FORGE_RULE_CENTERED == rule::CENTERED && FORGE_RULE_DECOUPLED == rule::DECOUPLED);
 };
 
 /// The ABI version of the library that is loaded; compare it with `FORGE_ABI_VERSION`.

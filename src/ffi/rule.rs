@@ -3,7 +3,7 @@
 use super::boundary::{boundary, check_out_struct, check_pointer};
 use super::types::forge_rule_info;
 use crate::error::{Result, bail, forge_status};
-use crate::rule::{self, ErasedRule, RULES};
+use crate::rule::{self, ErasedRule, RULES, State};
 use std::ffi::{CStr, c_char};
 use std::ptr::null;
 
@@ -26,7 +26,7 @@ pub unsafe extern "C" fn forge_rule_get(index: u32, out: *mut forge_rule_info) -
             bail!(FORGE_ERROR_RULE, "index: {index}; this build has {} rules", RULES.len());
         };
         // SAFETY: checked above.
-        unsafe { *out = describe(*rule, rule.info().states.len()) };
+        unsafe { *out = describe(*rule, rule.info().states) };
         Ok(())
     })
 }
@@ -61,11 +61,11 @@ pub(super) unsafe fn find(name: *const c_char) -> Result<&'static dyn ErasedRule
     rule::find(&unsafe { CStr::from_ptr(name) }.to_string_lossy())
 }
 
-fn describe(rule: &dyn ErasedRule, n_states: usize) -> forge_rule_info {
+fn describe(rule: &dyn ErasedRule, states: &[State]) -> forge_rule_info {
     let info = rule.info();
     let mut out = forge_rule_info {
         struct_size: size_of::<forge_rule_info>() as u32,
-        n_states: n_states as u32,
+        n_states: states.len() as u32,
         n_hyper: info.hyper.len() as u32,
         allowed_flags: info.flags,
         name: info.name.as_ptr(),
@@ -73,7 +73,7 @@ fn describe(rule: &dyn ErasedRule, n_states: usize) -> forge_rule_info {
         hyper_names: [null(); 16],
         hyper_defaults: [0.0; 16],
     };
-    for (name, state) in out.state_names.iter_mut().zip(&info.states[..n_states]) {
+    for (name, state) in out.state_names.iter_mut().zip(states) {
         *name = state.name.as_ptr();
     }
     for (i, hyper) in info.hyper.iter().enumerate() {

@@ -1,11 +1,12 @@
 //! Adam (Kingma & Ba, arXiv 1412.6980; decay added to the gradient) and AdamW (Loshchilov & Hutter,
 //! arXiv 1711.05101; decay applied to the weight), with the order of operations of `torch.optim`.
 //!
-//! `m += (1−β₁)(g − m);  v = β₂v + (1−β₂)g²;  w −= η/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)`
+//! `m += (1−β₁)(g − m);  v = β₂v + (1−β₂)g²;  w −= η/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)`; with `amsgrad`
+//! (Reddi et al., ICLR 2018) the largest v so far takes the place of v there.
 
 use super::{
-    BELOW_ONE, Constants, Hyper, LR, MAX_STATES, MAXIMIZE, Rule, RuleInfo, State, StepScalars,
-    WEIGHT_DECAY,
+    AMSGRAD, BELOW_ONE, Constants, Hyper, LR, MAX_STATES, MAXIMIZE, Rule, RuleInfo, State,
+    StepScalars, WEIGHT_DECAY,
 };
 use crate::format::StateKind;
 
@@ -16,15 +17,20 @@ const EPS: usize = 4;
 const STATES: &[State] = &[
     State { name: c"exp_avg", kind: StateKind::Signed },
     State { name: c"exp_avg_sq", kind: StateKind::NonNegative },
+    State { name: c"max_exp_avg_sq", kind: StateKind::NonNegative },
 ];
+
+fn states(flags: u32) -> &'static [State] {
+    if flags & AMSGRAD != 0 { STATES } else { &STATES[..2] }
+}
+
 const BETA1_SPEC: Hyper = Hyper::new(c"beta1", 0.9, 0.0, BELOW_ONE);
 const BETA2_SPEC: Hyper = Hyper::new(c"beta2", 0.999, 0.0, BELOW_ONE);
-const EPS_SPEC: Hyper = Hyper::new(c"eps", 1e-8, 0.0, f32::MAX as f64);
 
 pub(super) struct Adam;
 pub(super) struct AdamW;
 
-fn constants(step: &StepScalars, is_coupled: bool) -> Constants {
+fn constants(step: &StepScalars, is_coupled: bool, flags: u32) -> Constants {
     let decay = step.hyper[WEIGHT_DECAY];
     let (coupled, decoupled) = if is_coupled { (decay, 0.0) } else { (0.0, decay) };
     let h = &step.hyper;
@@ -42,7 +48,8 @@ fn constants(step: &StepScalars, is_coupled: bool) -> Constants {
     c[7] = h[EPS] as f32;
     // For the GPU, which works with fewer instructions: see kernels/rules/adam.cuh.
     let most = f64::from(f32::MAX);
-    let scale = if is_coupled { 1.0 } else { step.grad_scale };
+    let sign = if flags & MAXIMIZE != 0 { -1.0 } else { 1.0 };
+    let scale = if is_coupled { 1.0 } else { sign * step.grad_scale };
     c[8] = (-bias1 / (h[LR] * bias2.sqrt())).max(-most) as f32;
     c[9] = ((1.0 - h[BETA2]).sqrt() * scale) as f32;
     c[10] = if h[EPS] == 0.0 { 0.0 } else { (-bias1 / h[LR] * h[EPS]).max(-most) as f32 };
@@ -56,50 +63,75 @@ fn constants(step: &StepScalars, is_coupled: bool) -> Constants {
 }
 
 #[inline(always)]
-fn update(c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
+fn update(flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
     let [negative_step, coupled, shrink, intake1, beta2, intake2, root_bias2, eps, ..] = *c;
     let g = g + coupled * *w;
     let m = s[0] + intake1 * (g - s[0]);
     let v = beta2 * s[1] + intake2 * g * g;
     s[0] = m;
     s[1] = v;
-    *w = *w * shrink + negative_step * m / (v.sqrt() / root_bias2 + eps);
+    let mut square = v;
+    if flags & AMSGRAD != 0 {
+        square = s[2].max(v);
+        s[2] = square;
+    }
+    *w = *w * shrink + negative_step * m / (square.sqrt() / root_bias2 + eps);
 }
 
 impl Rule for Adam {
     const INFO: RuleInfo = RuleInfo {
         name: c"adam",
-        hyper: &[Hyper::lr(1e-3), Hyper::weight_decay(0.0), BETA1_SPEC, BETA2_SPEC, EPS_SPEC],
+        hyper: &[
+            Hyper::lr(1e-3),
+            Hyper::weight_decay(0.0),
+            BETA1_SPEC,
+            BETA2_SPEC,
+            Hyper::eps(1e-8),
+        ],
         states: STATES,
-        flags: MAXIMIZE,
+        flags: MAXIMIZE | AMSGRAD,
         cuda: "forge::Adam",
     };
 
-    fn constants(step: &StepScalars, _flags: u32) -> Constants {
-        constants(step, true)
+    fn states(flags: u32) -> &'static [State] {
+        states(flags)
+    }
+
+    fn constants(step: &StepScalars, flags: u32) -> Constants {
+        constants(step, true, flags)
     }
 
     #[inline(always)]
-    fn update(c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
-        update(c, g, w, s);
+    fn update(flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
+        update(flags, c, g, w, s);
     }
 }
 
 impl Rule for AdamW {
     const INFO: RuleInfo = RuleInfo {
         name: c"adamw",
-        hyper: &[Hyper::lr(1e-3), Hyper::weight_decay(1e-2), BETA1_SPEC, BETA2_SPEC, EPS_SPEC],
+        hyper: &[
+            Hyper::lr(1e-3),
+            Hyper::weight_decay(1e-2),
+            BETA1_SPEC,
+            BETA2_SPEC,
+            Hyper::eps(1e-8),
+        ],
         states: STATES,
-        flags: MAXIMIZE,
+        flags: MAXIMIZE | AMSGRAD,
         cuda: "forge::AdamW",
     };
 
-    fn constants(step: &StepScalars, _flags: u32) -> Constants {
-        constants(step, false)
+    fn states(flags: u32) -> &'static [State] {
+        states(flags)
+    }
+
+    fn constants(step: &StepScalars, flags: u32) -> Constants {
+        constants(step, false, flags)
     }
 
     #[inline(always)]
-    fn update(c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
-        update(c, g, w, s);
+    fn update(flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
+        update(flags, c, g, w, s);
     }
 }

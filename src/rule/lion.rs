@@ -41,7 +41,7 @@ impl Rule for Lion {
     }
 
     #[inline(always)]
-    fn update(c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
+    fn update(_flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
         let [lr, shrink, beta1, intake1, beta2, intake2, ..] = *c;
         let m = s[0];
         let u = beta1 * m + intake1 * g;

@@ -4,9 +4,19 @@
 //! in fp64, like torch does) and what happens to one element (in fp32). To add one, write the file
 //! and list it in [`RULES`]; every format, schedule, shard and front end then has it.
 
+mod adadelta;
+mod adagrad;
 mod adam;
+mod adamax;
+mod ademamix;
+mod asgd;
 mod lion;
+mod nadam;
+mod radam;
+mod rmsprop;
+mod rprop;
 mod sgd;
+mod signum;
 
 use crate::error::{Result, bail};
 use crate::format::StateKind;
@@ -26,9 +36,30 @@ pub const MAXIMIZE: u32 = 1;
 pub const NESTEROV: u32 = 2;
 /// Keep a momentum buffer.
 pub const MOMENTUM: u32 = 4;
+/// Keep the largest second moment so far, and divide by it.
+pub const AMSGRAD: u32 = 8;
+/// Keep an average of the gradient, and divide by its deviation.
+pub const CENTERED: u32 = 16;
+/// Apply weight decay to the weight instead of adding it to the gradient.
+pub const DECOUPLED: u32 = 32;
 
 /// Every rule of this build.
-pub static RULES: &[&dyn ErasedRule] = &[&sgd::Sgd, &adam::Adam, &adam::AdamW, &lion::Lion];
+pub static RULES: &[&dyn ErasedRule] = &[
+    &sgd::Sgd,
+    &adam::Adam,
+    &adam::AdamW,
+    &lion::Lion,
+    &adamax::Adamax,
+    &nadam::NAdam,
+    &radam::RAdam,
+    &ademamix::AdEmaMix,
+    &rmsprop::RmsProp,
+    &adagrad::Adagrad,
+    &adadelta::Adadelta,
+    &rprop::Rprop,
+    &asgd::Asgd,
+    &signum::Signum,
+];
 
 /// One hyper-parameter: name, default, and the closed range of what is accepted.
 pub struct Hyper {
@@ -55,6 +86,11 @@ impl Hyper {
     /// The weight decay, second in every rule's list.
     const fn weight_decay(default: f64) -> Self {
         Self::new(c"weight_decay", default, 0.0, f32::MAX as f64)
+    }
+
+    /// What keeps a divisor from 0.
+    const fn eps(default: f64) -> Self {
+        Self::new(c"eps", default, 0.0, f32::MAX as f64)
     }
 }
 
@@ -104,17 +140,17 @@ pub trait Rule: Sync {
     /// Names and ranges.
     const INFO: RuleInfo;
 
-    /// How many of the states these flags need.
-    fn states(flags: u32) -> usize {
+    /// The states that these flags need.
+    fn states(flags: u32) -> &'static [State] {
         let _ = flags;
-        Self::INFO.states.len()
+        Self::INFO.states
     }
 
     /// Once for each step, in fp64.
     fn constants(step: &StepScalars, flags: u32) -> Constants;
 
     /// One element, in fp32. `g` already carries `grad_scale` and the sign of `maximize`.
-    fn update(c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]);
+    fn update(flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]);
 }
 
 /// A run of elements in fp32: at most [`crate::format::BLOCK`] of one row.
@@ -131,42 +167,42 @@ pub struct Run<'a> {
 pub trait ErasedRule: Sync {
     /// Names and ranges.
     fn info(&self) -> RuleInfo;
-    /// How many states these flags need.
-    fn states(&self, flags: u32) -> usize;
+    /// The states that these flags need.
+    fn states(&self, flags: u32) -> &'static [State];
     /// The constants of a step.
     fn constants(&self, step: &StepScalars, flags: u32) -> Constants;
     /// Applies the rule to a run.
-    fn apply(&self, c: &Constants, run: Run<'_>);
+    fn apply(&self, flags: u32, c: &Constants, run: Run<'_>);
 }
 
 impl<R: Rule> ErasedRule for R {
     fn info(&self) -> RuleInfo {
         R::INFO
     }
-    fn states(&self, flags: u32) -> usize {
+    fn states(&self, flags: u32) -> &'static [State] {
         R::states(flags)
     }
     fn constants(&self, step: &StepScalars, flags: u32) -> Constants {
         R::constants(step, flags)
     }
-    fn apply(&self, c: &Constants, run: Run<'_>) {
-        apply_multiversioned::<R>(c, run);
+    fn apply(&self, flags: u32, c: &Constants, run: Run<'_>) {
+        apply_multiversioned::<R>(flags, c, run);
     }
 }
 
 crate::backend::cpu::isa::multiversioned!(
-    fn apply_multiversioned[R: Rule](c: &Constants, run: Run<'_>) = apply_run
+    fn apply_multiversioned[R: Rule](flags: u32, c: &Constants, run: Run<'_>) = apply_run
 );
 
 #[inline(always)]
-fn apply_run<R: Rule>(c: &Constants, run: Run<'_>) {
+fn apply_run<R: Rule>(flags: u32, c: &Constants, run: Run<'_>) {
     let n = run.g.len();
     let (g, w) = (&run.g[..n], &mut run.w[..n]);
     let [s0, s1, s2] = run.s;
     let (s0, s1, s2) = (&mut s0[..n], &mut s1[..n], &mut s2[..n]);
     for i in 0..n {
         let mut states = [s0[i], s1[i], s2[i]];
-        R::update(c, g[i], &mut w[i], &mut states);
+        R::update(flags, c, g[i], &mut w[i], &mut states);
         [s0[i], s1[i], s2[i]] = states;
     }
 }

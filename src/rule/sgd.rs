@@ -27,8 +27,8 @@ impl Rule for Sgd {
         cuda: "forge::SgdRule<FORGE_RULE_FLAGS>",
     };
 
-    fn states(flags: u32) -> usize {
-        usize::from(flags & MOMENTUM != 0)
+    fn states(flags: u32) -> &'static [State] {
+        if flags & MOMENTUM != 0 { Self::INFO.states } else { &[] }
     }
 
     fn constants(step: &StepScalars, flags: u32) -> Constants {
@@ -45,7 +45,7 @@ impl Rule for Sgd {
     }
 
     #[inline(always)]
-    fn update(c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
+    fn update(_flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
         let [lr, decay, carry, intake, mu, nesterov, ..] = *c;
         let g = g + decay * *w;
         let buffer = carry * s[0] + intake * g;

@@ -38,8 +38,25 @@ pub fn rules() -> Vec<(&'static str, u32)> {
         ("adam", rule::MAXIMIZE),
         ("adamw", 0),
         ("adamw", rule::MAXIMIZE),
+        ("adam", rule::AMSGRAD),
+        ("adamw", rule::AMSGRAD),
         ("lion", 0),
         ("lion", rule::MAXIMIZE),
+        ("adamax", 0),
+        ("nadam", 0),
+        ("nadam", rule::DECOUPLED),
+        ("radam", 0),
+        ("radam", rule::DECOUPLED),
+        ("ademamix", 0),
+        ("rmsprop", 0),
+        ("rmsprop", rule::MOMENTUM),
+        ("rmsprop", rule::CENTERED),
+        ("rmsprop", rule::MOMENTUM | rule::CENTERED | rule::MAXIMIZE),
+        ("adagrad", 0),
+        ("adadelta", 0),
+        ("rprop", 0),
+        ("asgd", 0),
+        ("signum", 0),
     ]
 }
 
@@ -77,7 +94,7 @@ pub fn scheme(
     Scheme {
         rule,
         flags,
-        n_states: rule.states(flags),
+        n_states: rule.states(flags).len(),
         weight_format: weight.0,
         weight_rounding: weight.1,
         state_formats: [state.0; MAX_STATES],
@@ -92,8 +109,15 @@ pub fn scalars(name: &str, step: u64) -> StepScalars {
     let mut hyper = rule::default_hyper(rule);
     hyper[0] = 0.01;
     hyper[1] = 0.1;
-    if name == "sgd" {
-        (hyper[2], hyper[3]) = (0.9, 0.3);
+    match name {
+        "sgd" => (hyper[2], hyper[3]) = (0.9, 0.3),
+        "rmsprop" => hyper[4] = 0.8,
+        "adadelta" => hyper[0] = 1.0,
+        // Options that their defaults leave out.
+        "adagrad" => (hyper[2], hyper[3]) = (0.01, 0.1),
+        "asgd" => (hyper[2], hyper[4]) = (0.03, 10.0),
+        "ademamix" => (hyper[4], hyper[7]) = (0.99, 30.0),
+        _ => {}
     }
     StepScalars { step, seed: 0x5eed_0000_0001, grad_scale: 0.75, hyper }
 }

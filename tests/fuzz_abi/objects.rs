@@ -212,7 +212,7 @@ fn linear(context: &Context, world: &World, random: &mut Random, tally: &mut Tal
             }
             8 => {
                 // A bit that no rule knows, or Nesterov without a buffer.
-                c.rule_flags = random.pick(&[8, 1 << 31, 2, 3]);
+                c.rule_flags = random.pick(&[64, 1 << 31, 2, 3]);
                 wrong(FORGE_ERROR_RULE, "rule_flags")
             }
             9 => {

@@ -4,6 +4,7 @@ use super::call::{Arg, Batch, Call, Op, Pointer, Role, Slot};
 use super::memory::{Guarded, Random, store};
 use super::world::{World, sized};
 use forge::ffi::types::*;
+use std::ffi::CStr;
 use std::ptr::null_mut;
 
 const GOOD: Arg = Arg { pointer: Pointer::Good, size: None };
@@ -277,6 +278,11 @@ fn workspace_bytes(world: &World, tokens: u64) -> u64 {
     }
 }
 
+fn hyper_is(world: &World, k: usize, name: &CStr) -> bool {
+    // SAFETY: a name of the library's, which lives as long as it.
+    unsafe { CStr::from_ptr(world.rule.hyper_names[k]) == name }
+}
+
 fn random_scalars(world: &World, random: &mut Random) -> forge_step_scalars {
     // Garbage beyond the rule's own hyper-parameters must not matter.
     let mut hyper = [f64::NAN; 16];
@@ -284,7 +290,8 @@ fn random_scalars(world: &World, random: &mut Random) -> forge_step_scalars {
         *value = match (world.rule_name(), k) {
             (_, 0) => random.pick(&[0.0, 1e-3, 0.1]),
             (_, 1) => random.pick(&[0.0, 0.01]),
-            ("adam" | "adamw", 4) => random.pick(&[1e-8, 1e-3]),
+            _ if hyper_is(world, k, c"eps") => random.pick(&[1e-8, 1e-3]),
+            _ if hyper_is(world, k, c"eta_plus") => random.pick(&[1.0, 1.2]),
             _ => random.pick(&[0.0, 0.5, 0.9]),
         };
     }

@@ -11,7 +11,27 @@ use std::cell::Cell;
 use std::ffi::{CStr, c_void};
 use std::ptr::null_mut;
 
-pub const RULES: &[&CStr] = &[c"sgd", c"adam", c"adamw", c"lion"];
+/// Twice those that `reference::apply` defines.
+pub const RULES: &[&CStr] = &[
+    c"sgd",
+    c"adam",
+    c"adamw",
+    c"lion",
+    c"sgd",
+    c"adam",
+    c"adamw",
+    c"lion",
+    c"adamax",
+    c"nadam",
+    c"radam",
+    c"ademamix",
+    c"rmsprop",
+    c"adagrad",
+    c"adadelta",
+    c"rprop",
+    c"asgd",
+    c"signum",
+];
 
 /// A struct of the ABI that starts with its size, the rest zeros.
 pub fn sized<T: Copy>() -> T {
@@ -248,7 +268,13 @@ impl Drop for World {
 pub fn random_config(random: &mut Random, size: usize) -> (forge_linear_config, &'static CStr) {
     let name = random.pick(RULES);
     let mut c = sized::<forge_linear_config>();
-    c.rule_flags = random.pick(if name == c"sgd" { &[0, 1, 4, 5, 6, 7] } else { &[0, 1] });
+    c.rule_flags = random.pick(match name.to_bytes() {
+        b"sgd" => &[0, 1, 4, 5, 6, 7],
+        b"adam" | b"adamw" => &[0, 1, 8, 9],
+        b"rmsprop" => &[0, 4, 16, 20, 21],
+        b"nadam" | b"radam" => &[0, 1, 32, 33],
+        _ => &[0, 1],
+    });
     c.factor_dtype = random.pick(&[1, 1, 2, 3]);
     c.parallel = random.pick(&[0, 1, 2]);
     c.sequence_parallel = if c.parallel == 0 { 0 } else { random.pick(&[0, 1]) };

@@ -10,7 +10,23 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from forge_train import SGD, Adam, AdamW, Lion, Rule
+from forge_train import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    AdEMAMix,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    Rule,
+    Signum,
+)
 from forge_train._context import Context, default_context
 from forge_train.native import Linear, LinearSpec, Segment, Storage
 
@@ -28,7 +44,21 @@ RULES: dict[str, Rule] = {
     "adamw": AdamW(lr=1e-2, eps=1e-6),
     "adamw-maximize": AdamW(lr=1e-2, eps=1e-6, maximize=True),
     "lion": Lion(lr=1e-2, weight_decay=0.1),
+    "adam-amsgrad": Adam(lr=1e-2, eps=1e-6, amsgrad=True),
+    "adamax": Adamax(lr=1e-2, weight_decay=0.1),
+    "nadam": NAdam(lr=1e-2, eps=1e-6, weight_decay=0.1, decoupled_weight_decay=True),
+    "radam": RAdam(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1),
+    "ademamix": AdEMAMix(lr=1e-2, eps=1e-6, warmup=30),
+    "rmsprop": RMSprop(lr=1e-2, eps=1e-6),
+    "rmsprop-centered": RMSprop(lr=1e-2, eps=1e-2, momentum=0.8, centered=True),
+    "adagrad": Adagrad(eps=1e-6, lr_decay=0.1, weight_decay=0.1),
+    "adadelta": Adadelta(weight_decay=0.1),
+    "rprop": Rprop(),
+    "asgd": ASGD(lambd=0.01, t0=1, weight_decay=0.1),
+    "signum": Signum(lr=1e-2, weight_decay=0.1),
 }
+# Those that are compiled for a few formats only.
+FURTHER_RULES = list(RULES)[list(RULES).index("adam-amsgrad") :]
 WEIGHTS = ("fp32", "bf16", "bf16+fp32", "bf16+16")
 STATES = ("fp32", "bf16", "q8")
 

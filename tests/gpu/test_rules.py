@@ -8,6 +8,7 @@ import pytest
 import torch
 from gpu_cases import (
     DEVICE,
+    FURTHER_RULES,
     STATES,
     WEIGHTS,
     Case,
@@ -30,6 +31,9 @@ CASES = [
     Case("adamw-maximize", "fp32", "fp32"),
     *(Case("sgd-momentum", "fp32", s) for s in STATES),
     Case("lion", "fp32", "q8"),
+    # In coded form the gradient's sign enters by another constant.
+    Case("adamw-maximize", "bf16", "q8"),
+    *(Case(rule, w, s) for rule in FURTHER_RULES for w, s in (("fp32", "fp32"), ("bf16", "q8"))),
 ]
 REST = [
     case

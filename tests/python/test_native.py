@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from forge_train.native import Linear, LinearSpec, Segment
 from forge_train.rules import hyper_values, rule_flags, rule_info
 
 EPS32 = 2.0**-24
+EVERY_RULE = forge_train.Rule.__subclasses__()
 
 
 def factors(tokens, out_features, in_features, seed=0, dtype=torch.float32):
@@ -33,18 +36,35 @@ def test_every_rule_of_the_library_has_its_dataclass():
         info = new_struct("forge_rule_info")
         check(lib.forge_rule_get(index, info))
         names.add(text(info.name))
-    assert names == {rule.name for rule in (SGD, forge_train.Adam, AdamW, Lion)}
+    assert names == {rule.name for rule in EVERY_RULE}
 
 
-@pytest.mark.parametrize("rule", [SGD(), SGD(momentum=0.9), forge_train.Adam(), AdamW(), Lion()])
+@pytest.mark.parametrize("rule", [SGD(momentum=0.9), *(rule() for rule in EVERY_RULE)], ids=str)
 def test_hyperparameters_are_found_by_name(rule):
-    info = rule_info(rule.name, rule_flags(rule.options))
-    options = rule.options
-    if "betas" in options:
-        options["beta1"], options["beta2"] = options["betas"]
+    info = rule_info(rule.name, rule_flags(rule.name, rule.options))
+    options = {"weight_decay": 0.0, **rule.options}
+    names = {"betas": ("beta1", "beta2", "beta3"), "etas": ("eta_minus", "eta_plus")}
+    names["step_sizes"] = ("step_size_min", "step_size_max")
+    for option, parts in names.items():
+        options.update(zip(parts, options.get(option, ()), strict=False))
     assert hyper_values(info, rule.options) == [float(options[name]) for name in info.hyper_names]
     # The library's defaults are torch.optim's.
     assert tuple(hyper_values(info, type(rule)().options)) == pytest.approx(info.hyper_defaults)
+
+
+def test_the_docs_have_every_hyperparameter_with_its_default():
+    text = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
+    table = text[text.index("## Hyper-parameters") : text.index("## Bytes")]
+    for rule in EVERY_RULE:
+        rows = (line.split("|") for line in table.splitlines() if line.startswith("| `"))
+        row = next(cells[2] for cells in rows if f"`{rule.name}`" in cells[1])
+        info = rule_info(rule.name)
+        found = re.findall(r"`(\w+)` ([\d.e-]+)", row)
+        assert [name for name, _ in found] == list(info.hyper_names)
+        defaults = [float(value) for _, value in found]
+        if rule.name == "adamw":  # shares adam's row
+            defaults[1] = 1e-2
+        assert tuple(defaults) == info.hyper_defaults
 
 
 @given(
@@ -258,7 +278,7 @@ def test_plan_names_a_schedule_and_a_reason():
             ValueError,
             "torch.float32",
         ),
-        (lambda: rule_info("adagrad"), forge_train.ForgeArgumentError, "adagrad"),
+        (lambda: rule_info("shampoo"), forge_train.ForgeArgumentError, "shampoo"),
         (lambda: rule_info("lion", 4), forge_train.ForgeArgumentError, "lion"),
     ],
 )

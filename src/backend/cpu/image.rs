@@ -29,7 +29,7 @@ pub unsafe fn export_row(
                 }
                 Image::State(k) => load_state(
                     scheme.state_formats[k],
-                    scheme.rule.info().states[k].kind,
+                    scheme.state_kind(k),
                     arrays.states[k],
                     at,
                     arrays.scales[k].wrapping_add(col / BLOCK * shard.rows + row),
@@ -63,7 +63,7 @@ pub unsafe fn import_row(
                 }
                 Image::State(k) => store_state(
                     scheme.state_formats[k],
-                    scheme.rule.info().states[k].kind,
+                    scheme.state_kind(k),
                     arrays.states[k],
                     at,
                     arrays.scales[k].wrapping_add(col / BLOCK * shard.rows + row),

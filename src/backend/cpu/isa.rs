@@ -1,7 +1,7 @@
 //! The same loop for the instruction sets of the machine it runs on.
 //!
-//! Rust never contracts `a * b + c` into an fma, so the element-wise results are the same bits at
-//! every level.
+//! Rust never contracts `a * b + c` into an fma, and `mul_add` is one everywhere, so the element-wise
+//! results are the same bits at every level.
 
 /// `multiversioned!(fn name[T: Bound](a: A, b: B) -> R = body);` defines `name`, which runs `body`
 /// compiled for the best instruction set present. `body` must be `#[inline(always)]`, and so must
@@ -17,7 +17,7 @@ macro_rules! multiversioned {
                 fn avx512 $(<$generic: $bound>)? ($($arg: $type),*) $(-> $ret)? {
                     $body $(::<$generic>)? ($($arg),*)
                 }
-                #[target_feature(enable = "avx2")]
+                #[target_feature(enable = "avx2,fma")]
                 fn avx2 $(<$generic: $bound>)? ($($arg: $type),*) $(-> $ret)? {
                     $body $(::<$generic>)? ($($arg),*)
                 }
@@ -25,8 +25,11 @@ macro_rules! multiversioned {
                     // SAFETY: the features were detected.
                     return unsafe { avx512 $(::<$generic>)? ($($arg),*) };
                 }
-                if std::arch::is_x86_feature_detected!("avx2") {
-                    // SAFETY: the feature was detected.
+                // Without `fma` a `mul_add` would be a call for each element.
+                if std::arch::is_x86_feature_detected!("avx2")
+                    && std::arch::is_x86_feature_detected!("fma")
+                {
+                    // SAFETY: the features were detected.
                     return unsafe { avx2 $(::<$generic>)? ($($arg),*) };
                 }
             }

@@ -75,7 +75,7 @@ fn apply_tile_body(update: TileUpdate, tile: Tile, g: &mut [f32], g_stride: usiz
             unsafe {
                 load_weight(scheme.weight_format, arrays.weight, arrays.extra, at, &mut w[..n]);
                 for (k, values) in states[..scheme.n_states].iter_mut().enumerate() {
-                    let kind = scheme.rule.info().states[k].kind;
+                    let kind = scheme.state_kind(k);
                     load_state(
                         scheme.state_formats[k],
                         kind,
@@ -87,12 +87,12 @@ fn apply_tile_body(update: TileUpdate, tile: Tile, g: &mut [f32], g_stride: usiz
                 }
                 let [s0, s1, s2] = &mut states;
                 let s = [&mut s0[..n], &mut s1[..n], &mut s2[..n]];
-                scheme.rule.apply(&step.constants, Run { g, w: &mut w[..n], s });
+                scheme.rule.apply(scheme.flags, &step.constants, Run { g, w: &mut w[..n], s });
                 let draws =
                     DrawSource::new(scheme.weight_rounding, &step.noise, Stream::Weight, first);
                 store_weight(scheme.weight_format, arrays.weight, arrays.extra, at, &w[..n], draws);
                 for (k, values) in states[..scheme.n_states].iter().enumerate() {
-                    let kind = scheme.rule.info().states[k].kind;
+                    let kind = scheme.state_kind(k);
                     let stream = Stream::State(k);
                     let draws = DrawSource::new(scheme.state_rounding, &step.noise, stream, first);
                     store_state(

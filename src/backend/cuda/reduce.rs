@@ -117,7 +117,7 @@ pub unsafe fn image(
     let (which, format, kind, k) = match image {
         Image::Weight => (0, specialise::weight_code(scheme.weight_format), 0, 0),
         Image::State(k) => {
-            let signed = scheme.rule.info().states[k].kind == StateKind::Signed;
+            let signed = scheme.state_kind(k) == StateKind::Signed;
             (1, specialise::state_code(scheme.state_formats[k]), u32::from(!signed), k)
         }
     };

@@ -37,11 +37,11 @@ pub fn formats(scheme: &Scheme) -> Vec<String> {
         format!("FORGE_WEIGHT_STOCHASTIC={}", u32::from(rounded)),
         format!("FORGE_STATE_STOCHASTIC={}", u32::from(states_rounded)),
     ];
-    let info = scheme.rule.info();
+    let states = scheme.rule.states(scheme.flags);
     for k in 0..MAX_STATES {
         // States that the rule lacks are fp32, so that equal kernels have equal defines.
         let format = used.get(k).map_or(0, |format| state_code(*format));
-        let kind = info.states.get(k).map_or(StateKind::Signed, |state| state.kind);
+        let kind = states.get(k).map_or(StateKind::Signed, |state| state.kind);
         out.push(format!("FORGE_STATE{k}_FORMAT={format}"));
         out.push(format!("FORGE_STATE{k}_KIND={}", u32::from(kind == StateKind::NonNegative)));
     }

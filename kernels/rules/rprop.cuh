@@ -1,0 +1,32 @@
+// Rprop: src/rule/rprop.rs in CUDA.
+#pragma once
+#include "prelude.cuh"
+
+namespace forge {
+
+struct Rprop {
+    static constexpr int STATES = 2;
+    static constexpr bool CODED = false;
+
+    // Once for each step, in fp64. `hyper`: lr, weight decay, η₋, η₊, least and largest step.
+    FORGE_DEVICE static void constants(double step, double, const double *hyper, float *c) {
+        // States begin as zeros.
+        c[0] = step == 1.0 ? static_cast<float>(hyper[0]) : 0.0f;
+        for (int i = 1; i < 6; ++i)
+            c[i] = static_cast<float>(hyper[i]);
+    }
+
+    FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
+        g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
+        // Signs are compared, since the product may underflow.
+        const bool kept = (g > 0.0f && s[0] > 0.0f) || (g < 0.0f && s[0] < 0.0f);
+        const bool turned = (g > 0.0f && s[0] < 0.0f) || (g < 0.0f && s[0] > 0.0f);
+        const float factor = kept ? c[3] : turned ? c[2] : 1.0f;
+        const float size = fmaxf(fminf(__fmul_rn(__fadd_rn(s[1], c[0]), factor), c[5]), c[4]);
+        s[0] = turned ? 0.0f : g;
+        s[1] = size;
+        w = __fsub_rn(w, s[0] == 0.0f ? 0.0f : copysignf(size, s[0]));
+    }
+};
+
+} // namespace forge
