@@ -1,6 +1,5 @@
 //! Compiles the kernels' specialisations with NVRTC, which needs no GPU: all of them must compile without
-//! a warning and without spilling registers. Then the cache of compiled images, and what a machine
-//! without a driver is told.
+//! a warning and without spilling registers. Then what a machine without a driver is told.
 //!
 //! NVRTC is found through FORGE_NVRTC, which `scripts/test.sh` sets.
 
@@ -8,7 +7,7 @@ mod common;
 
 use common::{STATES, WEIGHTS, rules, scheme};
 use forge::backend::Scheme;
-use forge::backend::cuda::cache::{self, Cache};
+use forge::backend::cuda::cache;
 use forge::backend::cuda::compile::{Nvrtc, options};
 use forge::backend::cuda::module::image_key;
 use forge::backend::cuda::sm90::policy::choose;
@@ -20,10 +19,9 @@ use forge::format::{Dtype, Rounding, StateFormat, WeightFormat};
 use forge::rule::{AMSGRAD, MAXIMIZE};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier, Mutex};
 use std::{fs, thread};
 
 const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100a"];
@@ -360,110 +358,6 @@ fn the_key_depends_on_source_defines_and_architecture() {
     ]
     .into();
     assert_eq!(keys.len(), 6);
-}
-
-/// A directory of a test, empty at first and removed in the end.
-struct Directory(PathBuf);
-
-impl Directory {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("forge-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        Self(path)
-    }
-
-    fn cache(&self) -> Cache {
-        Cache::new(Some(self.0.clone()))
-    }
-
-    fn files(&self) -> Vec<PathBuf> {
-        fs::read_dir(&self.0).unwrap().map(|e| e.unwrap().path()).collect()
-    }
-
-    fn mode(&self, mode: u32) {
-        fs::set_permissions(&self.0, fs::Permissions::from_mode(mode)).unwrap();
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-#[test]
-fn images_come_back_and_damaged_ones_do_not() {
-    let directory = Directory::new("damaged");
-    let cache = directory.cache();
-    assert_eq!(fs::metadata(&directory.0).unwrap().permissions().mode() & 0o777, 0o700);
-    let image: Vec<u8> = (0..100_000u32).map(|i| (i * 7) as u8).collect();
-    assert_eq!(cache.load("key"), None);
-    cache.store("key", &image);
-    assert_eq!(cache.load("key"), Some(image.clone()));
-    let file = directory.files().pop().unwrap();
-    let whole = fs::read(&file).unwrap();
-    for cut in [0, 7, 8, 39, 40, whole.len() - 1] {
-        fs::write(&file, &whole[..cut]).unwrap();
-        assert_eq!(cache.load("key"), None, "{cut} bytes");
-    }
-    for at in [0, 8, 39, 40, whole.len() - 1] {
-        let mut bytes = whole.clone();
-        bytes[at] ^= 1;
-        fs::write(&file, &bytes).unwrap();
-        assert_eq!(cache.load("key"), None, "byte {at}");
-    }
-    cache.store("key", &image);
-    assert_eq!(cache.load("key"), Some(image));
-}
-
-#[test]
-fn readers_see_a_whole_image_while_writers_replace_it() {
-    let directory = Directory::new("race");
-    let (cache, barrier) = (Arc::new(directory.cache()), Arc::new(Barrier::new(6)));
-    let threads: Vec<_> = (0..6u8)
-        .map(|i| {
-            let (cache, barrier) = (cache.clone(), barrier.clone());
-            thread::spawn(move || {
-                barrier.wait();
-                for _ in 0..60 {
-                    if i < 3 {
-                        cache.store("key", &vec![i; 50_000 + usize::from(i)]);
-                    } else if let Some(image) = cache.load("key") {
-                        assert!(image.iter().all(|b| *b == image[0]));
-                        assert_eq!(image.len(), 50_000 + usize::from(image[0]));
-                    }
-                }
-            })
-        })
-        .collect();
-    threads.into_iter().for_each(|t| t.join().unwrap());
-    assert_eq!(directory.files().len(), 1, "no part of an image is left behind");
-}
-
-#[test]
-fn a_directory_that_others_can_write_is_not_used() {
-    let directory = Directory::new("shared");
-    fs::create_dir_all(&directory.0).unwrap();
-    directory.mode(0o777);
-    let cache = directory.cache();
-    cache.store("key", b"image");
-    assert_eq!(cache.load("key"), None);
-    assert!(directory.files().is_empty());
-}
-
-#[test]
-fn a_directory_that_cannot_be_made_or_written_is_no_error() {
-    let cache = Cache::new(Some("/proc/no/such/place".into()));
-    cache.store("key", b"image");
-    assert_eq!(cache.load("key"), None);
-
-    let directory = Directory::new("readonly");
-    let cache = directory.cache();
-    cache.store("old", b"image");
-    directory.mode(0o500);
-    cache.store("new", b"image");
-    assert_eq!(cache.load("old"), Some(b"image".to_vec()));
-    directory.mode(0o700);
 }
 
 #[test]

@@ -3,39 +3,63 @@
 //! An entry is a file named by the hash of everything that it was made from. It is written beside its
 //! place and renamed, so that a reader sees all of it or nothing, and starts with a hash of itself, so
 //! that a damaged one is made again. Images are code, so only a directory that nobody else can write
-//! is used. A cache that does not work costs time, never a result.
+//! or replace is used. When entries outgrow a limit, those go that were not used for longest. A cache
+//! that does not work costs time, never a result.
 
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 const MAGIC: &[u8; 8] = b"FORGEv01";
 const HEADER: usize = MAGIC.len() + 32;
+/// An image takes 30 to 150 KB: thousands of them.
+const MOST_BYTES: u64 = 512 << 20;
+/// How old the mark of an entry's last use may be: a write for each load would be many.
+const MARKED_EVERY: Duration = Duration::from_secs(24 * 3600);
+/// A write takes milliseconds: what is older was left by a killed process.
+const LEFT_BEHIND: Duration = Duration::from_secs(3600);
 
 /// A directory of images.
 pub struct Cache {
-    directory: Option<PathBuf>,
+    directory: Result<PathBuf, String>,
+    most_bytes: u64,
+    has_warned: AtomicBool,
 }
 
 impl Cache {
-    /// The directory asked for; else `$FORGE_CACHE_DIR`, `$XDG_CACHE_HOME/forge`, `~/.cache/forge`.
+    /// The directory asked for; else `$FORGE_CACHE_DIR`, `$XDG_CACHE_HOME/forge`, `~/.cache/forge`. It
+    /// holds at most `$FORGE_CACHE_MAX_MB`, else 512 MB.
     pub fn new(directory: Option<PathBuf>) -> Self {
         let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let directory = directory
             .or_else(|| set("FORGE_CACHE_DIR"))
             .or_else(|| set("XDG_CACHE_HOME").map(|d| d.join("forge")))
             .or_else(|| set("HOME").map(|d| d.join(".cache/forge")));
-        let usable = directory.filter(|directory| match prepare(directory) {
-            Ok(()) => true,
-            Err(why) => {
-                tracing::debug!(target: "forge", "cache {}: not used: {why}", directory.display());
-                false
-            }
-        });
-        Self { directory: usable }
+        let limit = std::env::var("FORGE_CACHE_MAX_MB").ok().and_then(|mb| mb.parse::<u64>().ok());
+        Self::with_limit(directory, limit.map_or(MOST_BYTES, |mb| mb << 20))
+    }
+
+    /// As [`Cache::new`], in this directory and of at most so many bytes.
+    pub fn with_limit(directory: Option<PathBuf>, most_bytes: u64) -> Self {
+        let directory = match directory {
+            None => Err("no cache: neither FORGE_CACHE_DIR nor HOME is set".to_string()),
+            Some(directory) => prepare(&directory).map_err(|why| {
+                format!("cache {}: not used, kernels are compiled anew: {why}", directory.display())
+            }),
+        };
+        if let Err(why) = &directory {
+            tracing::warn!(target: "forge", "{why}");
+        }
+        Self { directory, most_bytes, has_warned: AtomicBool::new(false) }
+    }
+
+    /// Why nothing is kept, if so.
+    pub fn problem(&self) -> Option<&str> {
+        self.directory.as_ref().err().map(String::as_str)
     }
 
     /// The image of this key, if there is an undamaged one.
@@ -50,20 +74,27 @@ impl Cache {
             return None;
         }
         bytes.drain(..HEADER);
+        mark_used(&path);
         Some(bytes)
     }
 
     /// Keeps an image.
     pub fn store(&self, key: &str, image: &[u8]) {
-        if let Some(path) = self.path(key)
-            && let Err(why) = write(&path, image)
-        {
-            tracing::debug!(target: "forge", "cache {}: not written: {why}", path.display());
+        let Some(path) = self.path(key) else { return };
+        if let Err(why) = write(&path, image) {
+            // A full disk stays full: said once.
+            if !self.has_warned.swap(true, Ordering::Relaxed) {
+                tracing::warn!(target: "forge", "cache {}: not written: {why}", path.display());
+            }
+            return;
+        }
+        if let Ok(directory) = &self.directory {
+            trim(directory, self.most_bytes);
         }
     }
 
     fn path(&self, key: &str) -> Option<PathBuf> {
-        self.directory.as_ref().map(|d| d.join(format!("{key}.cubin")))
+        self.directory.as_ref().ok().map(|d| d.join(format!("{key}.cubin")))
     }
 }
 
@@ -77,17 +108,83 @@ pub fn key<'a>(parts: impl IntoIterator<Item = &'a str>) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Makes the directory for its owner alone, or checks that others cannot write it.
-fn prepare(directory: &Path) -> io::Result<()> {
+/// Makes the directory for its owner alone, or checks that others can neither write nor replace it.
+/// Where it really is.
+fn prepare(directory: &Path) -> io::Result<PathBuf> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let found = fs::metadata(directory)?;
+    let directory = fs::canonicalize(directory)?;
+    let found = fs::metadata(&directory)?;
     // A process's own entry in /proc belongs to the user that it runs as.
     let user = fs::metadata("/proc/self")?.uid();
-    let mine = found.uid() == user || found.uid() == 0;
-    if !found.is_dir() || !mine || found.mode() & 0o022 != 0 {
+    let is_trusted = |uid: u32| uid == user || uid == 0;
+    if !found.is_dir() {
+        return Err(io::Error::other("it is not a directory"));
+    }
+    if !is_trusted(found.uid()) {
+        return Err(io::Error::other(format!(
+            "it belongs to user {}, whose code would be run; name another in FORGE_CACHE_DIR",
+            found.uid()
+        )));
+    }
+    if found.mode() & 0o022 != 0 {
         return Err(io::Error::other("others could write it (chmod 700 makes it usable)"));
     }
-    Ok(())
+    for parent in directory.ancestors().skip(1) {
+        let above = fs::metadata(parent)?;
+        // In a sticky directory, such as /tmp, only its owner can rename an entry.
+        let is_open = above.mode() & 0o002 != 0 && above.mode() & 0o1000 == 0;
+        if is_open || !is_trusted(above.uid()) {
+            return Err(io::Error::other(format!(
+                "others could replace it, since they can write {}; name another in FORGE_CACHE_DIR",
+                parent.display()
+            )));
+        }
+    }
+    Ok(directory)
+}
+
+fn age(file: &fs::Metadata) -> Duration {
+    let modified = file.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+    // A file from the future, by another machine's clock, is new.
+    SystemTime::now().duration_since(modified).unwrap_or_default()
+}
+
+/// The time of an entry's last change says when it was last used.
+fn mark_used(path: &Path) {
+    if fs::metadata(path).is_ok_and(|file| age(&file) > MARKED_EVERY)
+        && let Ok(file) = fs::File::options().append(true).open(path)
+    {
+        let _ = file.set_modified(SystemTime::now());
+    }
+}
+
+/// Removes what was not used for longest until a quarter of the room is free again, if there is more
+/// than `most_bytes`, and what killed processes left. Another process may do the same.
+fn trim(directory: &Path, most_bytes: u64) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    let mut images = Vec::new();
+    for entry in entries.flatten() {
+        let (path, Ok(file)) = (entry.path(), entry.metadata()) else { continue };
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("cubin") => images.push((age(&file), file.len(), path)),
+            Some("part") if age(&file) > LEFT_BEHIND => {
+                let _ = fs::remove_file(path);
+            }
+            _ => {}
+        }
+    }
+    let mut bytes: u64 = images.iter().map(|(_, len, _)| len).sum();
+    if bytes <= most_bytes {
+        return;
+    }
+    images.sort_by_key(|(age, ..)| std::cmp::Reverse(*age));
+    for (_, len, path) in images {
+        if bytes <= most_bytes / 4 * 3 {
+            break;
+        }
+        bytes -= len;
+        let _ = fs::remove_file(path);
+    }
 }
 
 fn write(path: &Path, image: &[u8]) -> io::Result<()> {
