@@ -19,7 +19,7 @@ use forge::format::{Dtype, Rounding, StateFormat, WeightFormat};
 use forge::rule::{AMSGRAD, MAXIMIZE};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{fs, thread};
