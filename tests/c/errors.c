@@ -158,7 +158,7 @@ static void creation(void) {
     OK(forge_comm_new_host(memory.context, 0, 2, &host, &memory.comm));
 
     c = linear_config();
-    c.rule = "adamax";
+    c.rule = "shampoo";
     EXPECT(FORGE_ERROR_RULE, "rule",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
     c = linear_config();
