@@ -165,7 +165,8 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
             if (!next_chunk(store_chunk, store_tile)) {
                 store_chunk = 0;
                 store_place += CONSUMERS * walk.step;
-                store_tile = walk.tile(p, store_place);
+                if (store_place < walk.places)
+                    store_tile = walk.tile(p, store_place);
             }
         }
         if (load_place < walk.places) {
@@ -175,7 +176,8 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
             if (!next_chunk(load_chunk, load_tile)) {
                 load_chunk = 0;
                 load_place += CONSUMERS * walk.step;
-                load_tile = walk.tile(p, load_place);
+                if (load_place < walk.places)
+                    load_tile = walk.tile(p, load_place);
             }
         }
     }

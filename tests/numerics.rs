@@ -456,3 +456,34 @@ fn q8_training_stays_finite_on_adversarial_gradients() {
         }
     }
 }
+
+#[test]
+fn states_that_did_not_begin_at_the_first_step_begin_later() {
+    // A tile that was not finite at step 1 keeps states of zeros.
+    for (name, index, value) in [("rprop", 0, 0.01), ("adagrad", 3, 0.5)] {
+        let rule = rule::find(name).unwrap();
+        let mut s = scalars(name, 2);
+        s.hyper[1] = 0.0;
+        s.hyper[index] = value;
+        let constants = rule.constants(&s, 0);
+        let (mut w, mut state0, mut state1) = ([1.0f32], [0.0f32], [0.0f32]);
+        let states = [&mut state0[..], &mut state1[..], &mut [0.0f32][..]];
+        rule.apply(0, &constants, rule::Run { g: &[2.0], w: &mut w, s: states });
+        match name {
+            "rprop" => assert_eq!((state1[0], w[0]), (0.01, 0.99)),
+            _ => assert_eq!(state0[0], 4.5),
+        }
+    }
+}
+
+#[test]
+fn radam_before_its_rectification_does_not_look_at_the_second_moment() {
+    let rule = rule::find("radam").unwrap();
+    let mut s = scalars("radam", 1);
+    s.hyper[1] = 0.0;
+    let (mut w, mut m, mut v) = ([1.0f32], [0.0f32], [0.0f32]);
+    let states = [&mut m[..], &mut v[..], &mut [0.0f32][..]];
+    // Its square overflows.
+    rule.apply(0, &rule.constants(&s, 0), rule::Run { g: &[1e21], w: &mut w, s: states });
+    assert!(v[0].is_infinite() && w[0].is_finite() && w[0] < -1e18, "{} {}", v[0], w[0]);
+}

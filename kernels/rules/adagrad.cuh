@@ -12,14 +12,14 @@ struct Adagrad {
     FORGE_DEVICE static void constants(double step, double, const double *hyper, float *c) {
         c[0] = static_cast<float>(-hyper[0] / (1.0 + (step - 1.0) * hyper[2]));
         c[1] = static_cast<float>(hyper[1]);
-        // States begin as zeros.
-        c[2] = step == 1.0 ? static_cast<float>(hyper[3]) : 0.0f;
+        c[2] = static_cast<float>(hyper[3]);
         c[3] = static_cast<float>(hyper[4]);
     }
 
     FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
         g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
-        s[0] = __fmaf_rn(g, g, __fadd_rn(s[0], c[2]));
+        // States begin as zeros, and stay so where the first steps were skipped.
+        s[0] = __fmaf_rn(g, g, s[0] == 0.0f ? c[2] : s[0]);
         w = __fmaf_rn(c[0], quotient(g, __fadd_rn(fast_sqrt(s[0]), c[3])), w);
     }
 };

@@ -24,14 +24,14 @@ struct RAdam {
         c[4] = static_cast<float>(hyper[3]);
         c[5] = static_cast<float>(1.0 - hyper[3]);
         c[6] = adaptive ? 1.0f : 0.0f;
-        c[7] = adaptive ? static_cast<float>(hyper[4]) : 1.0f;
+        c[7] = static_cast<float>(hyper[4]);
     }
 
     FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
         g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
         s[0] = __fmaf_rn(c[3], __fsub_rn(g, s[0]), s[0]);
         s[1] = __fmaf_rn(__fmul_rn(c[5], g), g, __fmul_rn(c[4], s[1]));
-        const float divisor = __fmaf_rn(fast_sqrt(s[1]), c[6], c[7]);
+        const float divisor = c[6] != 0.0f ? __fadd_rn(fast_sqrt(s[1]), c[7]) : 1.0f;
         w = __fmaf_rn(w, c[2], quotient(__fmul_rn(c[0], s[0]), divisor));
     }
 };

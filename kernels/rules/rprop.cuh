@@ -9,10 +9,8 @@ struct Rprop {
     static constexpr bool CODED = false;
 
     // Once for each step, in fp64. `hyper`: lr, weight decay, η₋, η₊, least and largest step.
-    FORGE_DEVICE static void constants(double step, double, const double *hyper, float *c) {
-        // States begin as zeros.
-        c[0] = step == 1.0 ? static_cast<float>(hyper[0]) : 0.0f;
-        for (int i = 1; i < 6; ++i)
+    FORGE_DEVICE static void constants(double, double, const double *hyper, float *c) {
+        for (int i = 0; i < 6; ++i)
             c[i] = static_cast<float>(hyper[i]);
     }
 
@@ -22,7 +20,9 @@ struct Rprop {
         const bool kept = (g > 0.0f && s[0] > 0.0f) || (g < 0.0f && s[0] < 0.0f);
         const bool turned = (g > 0.0f && s[0] < 0.0f) || (g < 0.0f && s[0] > 0.0f);
         const float factor = kept ? c[3] : turned ? c[2] : 1.0f;
-        const float size = fmaxf(fminf(__fmul_rn(__fadd_rn(s[1], c[0]), factor), c[5]), c[4]);
+        // States begin as zeros, and stay so where the first steps were skipped.
+        const float before = s[1] == 0.0f ? c[0] : s[1];
+        const float size = fmaxf(fminf(__fmul_rn(before, factor), c[5]), c[4]);
         s[0] = turned ? 0.0f : g;
         s[1] = size;
         w = __fsub_rn(w, s[0] == 0.0f ? 0.0f : copysignf(size, s[0]));

@@ -35,8 +35,7 @@ impl Rule for Adagrad {
         let mut c = [0.0; 16];
         c[0] = (-h[LR] / (1.0 + (step.step - 1) as f64 * h[LR_DECAY])) as f32;
         c[1] = h[WEIGHT_DECAY] as f32;
-        // States begin as zeros.
-        c[2] = if step.step == 1 { h[INITIAL] as f32 } else { 0.0 };
+        c[2] = h[INITIAL] as f32;
         c[3] = h[EPS] as f32;
         c
     }
@@ -45,7 +44,9 @@ impl Rule for Adagrad {
     fn update(_flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
         let [step, decay, initial, eps, ..] = *c;
         let g = decay.mul_add(*w, g);
-        s[0] = g.mul_add(g, s[0] + initial);
+        // States begin as zeros, and stay so where the first steps were skipped.
+        let before = if s[0] == 0.0 { initial } else { s[0] };
+        s[0] = g.mul_add(g, before);
         *w = step.mul_add(g / (s[0].sqrt() + eps), *w);
     }
 }

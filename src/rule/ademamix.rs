@@ -48,7 +48,7 @@ impl Rule for AdEmaMix {
             Hyper::new(c"beta3", 0.9999, 0.0, BELOW_ONE),
             Hyper::eps(1e-8),
             Hyper::new(c"alpha", 5.0, 0.0, f32::MAX as f64),
-            Hyper::new(c"warmup", 0.0, 0.0, f64::MAX),
+            Hyper::new(c"warmup", 0.0, 0.0, f32::MAX as f64),
         ],
         states: &[
             State { name: c"exp_avg", kind: StateKind::Signed },

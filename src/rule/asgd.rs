@@ -22,7 +22,7 @@ impl Rule for Asgd {
             Hyper::weight_decay(0.0),
             Hyper::new(c"lambd", 1e-4, 0.0, f32::MAX as f64),
             Hyper::new(c"alpha", 0.75, 0.0, f32::MAX as f64),
-            Hyper::new(c"t0", 1e6, 0.0, f64::MAX),
+            Hyper::new(c"t0", 1e6, 0.0, f32::MAX as f64),
         ],
         states: &[State { name: c"ax", kind: StateKind::Signed }],
         flags: MAXIMIZE,

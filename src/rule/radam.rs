@@ -54,9 +54,9 @@ impl Rule for RAdam {
         c[3] = (1.0 - h[BETA1]) as f32;
         c[4] = h[BETA2] as f32;
         c[5] = (1.0 - h[BETA2]) as f32;
-        // The divisor: √v + ε, or 1.
+        // Whether √v + ε divides.
         c[6] = f32::from(adaptive);
-        c[7] = if adaptive { h[EPS] as f32 } else { 1.0 };
+        c[7] = h[EPS] as f32;
         c
     }
 
@@ -66,7 +66,7 @@ impl Rule for RAdam {
         let g = coupled.mul_add(*w, g);
         s[0] = intake1.mul_add(g - s[0], s[0]);
         s[1] = (intake2 * g).mul_add(g, beta2 * s[1]);
-        let divisor = s[1].sqrt().mul_add(adaptive, eps);
+        let divisor = if adaptive != 0.0 { s[1].sqrt() + eps } else { 1.0 };
         *w = (*w).mul_add(shrink, step * s[0] / divisor);
     }
 }

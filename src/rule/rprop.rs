@@ -38,8 +38,7 @@ impl Rule for Rprop {
     fn constants(step: &StepScalars, _flags: u32) -> Constants {
         let h = &step.hyper;
         let mut c = [0.0; 16];
-        // States begin as zeros.
-        c[0] = if step.step == 1 { h[LR] as f32 } else { 0.0 };
+        c[0] = h[LR] as f32;
         c[1] = h[WEIGHT_DECAY] as f32;
         c[2] = h[ETA_MINUS] as f32;
         c[3] = h[ETA_PLUS] as f32;
@@ -62,7 +61,9 @@ impl Rule for Rprop {
         } else {
             1.0
         };
-        let size = ((s[1] + initial) * factor).min(most).max(least);
+        // States begin as zeros, and stay so where the first steps were skipped.
+        let before = if s[1] == 0.0 { initial } else { s[1] };
+        let size = (before * factor).min(most).max(least);
         let g = if turned { 0.0 } else { g };
         s[0] = g;
         s[1] = size;

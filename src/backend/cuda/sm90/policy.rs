@@ -172,7 +172,7 @@ impl Plan {
 /// idle in the last wave; narrow tiles, where the kernel has them, fill both.
 pub fn plan(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> Plan {
     let rows_of_places = rows.div_ceil(u64::from(TILE_ROWS * tile.cluster)) as u32;
-    let wave = sm_count / tile.cluster;
+    let wave = (sm_count / tile.cluster).max(1);
     let all_whole = Plan::new(tile, rows_of_places, cols.div_ceil(tile.cols.into()) as u32, 0, 0);
     if tile.chunk_cols > NARROW_COLS {
         return all_whole;
@@ -191,7 +191,7 @@ pub fn plan(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> Plan {
 
 /// What one block has to multiply.
 fn work(tile: &Tile, rows: u64, cols: u64, sm_count: u32) -> u64 {
-    plan(tile, rows, cols, sm_count).cost(tile, rows, sm_count / tile.cluster)
+    plan(tile, rows, cols, sm_count).cost(tile, rows, (sm_count / tile.cluster).max(1))
 }
 
 /// Bytes of a factor that stay in the L2 from one wave of tiles to the next: less than half of an
