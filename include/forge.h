@@ -42,7 +42,7 @@
 #define FORGE_RULE_DECOUPLED 32
 
 // Every status a `forge_*` function returns, in numbered bands:
-// 0 success, 1xx the call's arguments, 3xx communication, 4xx backend, 9xx internal.
+// 0 success, 1xx the call's arguments, 2xx a user's rule, 3xx communication, 4xx backend, 9xx internal.
 //
 // An error in the 1xx band means that nothing was written.
 enum forge_status
@@ -82,6 +82,8 @@ enum forge_status
   FORGE_ERROR_STATE_INDEX = 113,
   // The context was lent no workspace; see forge_context_set_workspace.
   FORGE_ERROR_WORKSPACE = 114,
+  // The CPU function of a user's rule reported failure. Its tile is as it was; others may be updated.
+  FORGE_ERROR_RULE_FUNCTION = 200,
   // One of the caller's collectives reported failure.
   FORGE_ERROR_COLLECTIVE = 300,
   // Rank and size do not fit each other.
@@ -192,6 +194,25 @@ enum forge_state_format
 typedef enum forge_state_format forge_state_format;
 #else
 typedef uint32_t forge_state_format;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// What 8-bit codes may assume of a state.
+enum forge_state_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Either sign: codes are spaced closer near zero.
+  FORGE_STATE_SIGNED = 0,
+  // Never negative, such as an average of squares: its root is stored.
+  FORGE_STATE_NON_NEGATIVE = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_state_kind forge_state_kind;
+#else
+typedef uint32_t forge_state_kind;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
@@ -491,6 +512,76 @@ typedef struct {
   double hyper_defaults[16];
 } forge_rule_info;
 
+// A tile of a parameter in fp32, for a rule's CPU function. Arrays have `count` elements, row after row.
+typedef struct {
+  // Elements.
+  uint64_t count;
+  // The step, from 1.
+  uint64_t step;
+  // Gradients: finite, times grad_scale, with the sign of FORGE_RULE_MAXIMIZE.
+  const float *g;
+  // Weights, updated in place.
+  float *w;
+  // States, updated in place; NULL behind the last one.
+  float *states[3];
+  // Hyper-parameters, in the order of the definition.
+  const double *hyper;
+} forge_rule_tile;
+
+// A rule over a tile on the CPU; 0 says success. The library calls it from several threads at once, each
+// with another tile, until the process ends.
+typedef int32_t (*forge_rule_function)(void *user, const forge_rule_tile *tile);
+
+// A rule of the caller's own, element by element. Arrays beyond their counts are not read; all strings
+// are copied.
+//
+// `cuda_source` is statements of CUDA C over one element in fp32, such as
+// `momentum = beta * momentum + g; w -= lr * (momentum + weight_decay * w);`. It finds by name: `g`, the
+// gradient times grad_scale; `w` and the states, to be updated; `step`, from 1, the hyper-parameters and
+// the per-step values, as fp32 constants. `a * b + c` is rounded twice, as written; `fmaf` once. CUDA's
+// mathematical functions are there; of the library `fast_sqrt(x)` and `quotient(a, b)`, which are
+// within 2 ulp and take a fifth of the time. Loops count between numbers,
+// `for (int i = 0; i < 8; ++i)`.
+//
+// `cpu_function` does the same on the CPU backend, a tile at a time.
+typedef struct {
+  // sizeof(forge_rule_definition).
+  uint32_t struct_size;
+  // At most 3.
+  uint32_t n_states;
+  // At least 2; with n_per_step at most 15.
+  uint32_t n_hyper;
+  // Values computed once for each step.
+  uint32_t n_per_step;
+  // An identifier of C that no other rule has.
+  const char *name;
+  // Identifiers of C; as in checkpoints.
+  const char *state_names[3];
+  // forge_state_kind of each.
+  uint32_t state_kinds[3];
+  // 0.
+  uint32_t reserved;
+  // Identifiers of C; the first two are "lr" and "weight_decay".
+  const char *hyper_names[16];
+  // Of each hyper-parameter.
+  double hyper_defaults[16];
+  // Smallest accepted values.
+  double hyper_least[16];
+  // Largest accepted values; those of fp32 are the limit.
+  double hyper_most[16];
+  // Identifiers of C.
+  const char *per_step_names[16];
+  // Each an expression of CUDA C in fp64 over hyper-parameters, `step` and the values before it, such
+  // as `1.0 - pow(beta, step)`. On a GPU they cost a launch of some 2 microseconds for each update.
+  const char *per_step_expressions[16];
+  // NULL: the rule is for the CPU only.
+  const char *cuda_source;
+  // NULL: the rule is for GPUs only.
+  forge_rule_function cpu_function;
+  // First argument of `cpu_function`.
+  void *cpu_user;
+} forge_rule_definition;
+
 // The scalars of a step.
 typedef struct {
   // Counted from 1.
@@ -748,7 +839,7 @@ forge_status forge_linear_plan(const forge_linear *linear,
                                const forge_plan_request *request,
                                forge_plan *out);
 
-// How many rules this build has.
+// How many rules there are: those of this build, then those of forge_rule_register.
 uint32_t forge_rule_count(void);
 
 // The rule of this index, with all states that some flags need.
@@ -762,6 +853,16 @@ forge_status forge_rule_get(uint32_t index, forge_rule_info *out);
 // # Safety
 // `name` is NUL-terminated, `out` points to a struct of its `struct_size`.
 forge_status forge_rule_find(const char *name, uint32_t rule_flags, forge_rule_info *out);
+
+// Makes a rule of the caller's own known by its name, for the life of the process; `rule` of a
+// forge_linear_config may name it then. To define the same rule again changes nothing. CUDA source is
+// compiled when the first linear is made with it on a GPU, which reports errors in it.
+//
+// # Safety
+// `definition` points to a struct of its `struct_size` whose strings are NULL or NUL-terminated;
+// `cpu_function` stays callable, reads and writes `count` elements of each array that it is given, and
+// nothing else of the library's.
+forge_status forge_rule_register(const forge_rule_definition *definition);
 
 // The gradient norm and what to multiply gradients by: `norm = grad_scale · √sum_of_squares`,
 // `coefficient = grad_scale · min(1, max_norm / (norm + 1e-6))`, as torch's clip_grad_norm_ and

@@ -12,15 +12,27 @@ struct ScalarsInMemory {
     double hyper[16];
 };
 
+FORGE_DEVICE StepScalars scalars_of(const ScalarsInMemory &source, u32 parameter, u32 maximize) {
+    StepScalars s{};
+    const double scale = maximize != 0 ? -source.grad_scale : source.grad_scale;
+    FORGE_RULE::constants(static_cast<double>(source.step), scale, source.hyper, s.constants);
+    s.grad_scale = static_cast<float>(scale);
+    s.key[0] = static_cast<u32>(source.seed);
+    s.key[1] = parameter;
+    s.step = static_cast<u32>(source.step);
+    s.seed_high = static_cast<u32>(source.seed >> 32);
+    return s;
+}
+
 extern "C" __global__ void __launch_bounds__(1)
     forge_prologue(const ScalarsInMemory *source, u32 parameter, u32 maximize, StepScalars *out) {
-    StepScalars s{};
-    const double scale = maximize != 0 ? -source->grad_scale : source->grad_scale;
-    FORGE_RULE::constants(static_cast<double>(source->step), scale, source->hyper, s.constants);
-    s.grad_scale = static_cast<float>(scale);
-    s.key[0] = static_cast<u32>(source->seed);
-    s.key[1] = parameter;
-    s.step = static_cast<u32>(source->step);
-    s.seed_high = static_cast<u32>(source->seed >> 32);
-    *out = s;
+    *out = scalars_of(*source, parameter, maximize);
+}
+
+// For rules whose constants the host cannot compute: those that the caller defined with per-step
+// values.
+extern "C" __global__ void __launch_bounds__(1)
+    forge_prologue_of_values(const __grid_constant__ ScalarsInMemory source, u32 parameter,
+                             u32 maximize, StepScalars *out) {
+    *out = scalars_of(source, parameter, maximize);
 }

@@ -1,4 +1,5 @@
-// Every rule. FORGE_RULE names one of them, RuleInfo::cuda on the host side.
+// Every rule. FORGE_RULE names one of them, RuleInfo::cuda on the host side. A rule that the caller
+// defined comes as a text, src/rule/user/source.rs.
 #pragma once
 #include "rules/adadelta.cuh"
 #include "rules/adagrad.cuh"
@@ -13,6 +14,9 @@
 #include "rules/rprop.cuh"
 #include "rules/sgd.cuh"
 #include "rules/signum.cuh"
+#ifdef FORGE_USER_RULE
+#include "user_rule.cuh"
+#endif
 
 namespace forge {
 

@@ -1,7 +1,7 @@
 //! Errors, and the status numbers they become at the C ABI.
 
 /// Every status a `forge_*` function returns, in numbered bands:
-/// 0 success, 1xx the call's arguments, 3xx communication, 4xx backend, 9xx internal.
+/// 0 success, 1xx the call's arguments, 2xx a user's rule, 3xx communication, 4xx backend, 9xx internal.
 ///
 /// An error in the 1xx band means that nothing was written.
 #[allow(non_camel_case_types)]
@@ -40,6 +40,8 @@ pub enum forge_status {
     FORGE_ERROR_STATE_INDEX = 113,
     /// The context was lent no workspace; see forge_context_set_workspace.
     FORGE_ERROR_WORKSPACE = 114,
+    /// The CPU function of a user's rule reported failure. Its tile is as it was; others may be updated.
+    FORGE_ERROR_RULE_FUNCTION = 200,
     /// One of the caller's collectives reported failure.
     FORGE_ERROR_COLLECTIVE = 300,
     /// Rank and size do not fit each other.
@@ -77,6 +79,7 @@ impl forge_status {
         S::FORGE_ERROR_SHAPE,
         S::FORGE_ERROR_STATE_INDEX,
         S::FORGE_ERROR_WORKSPACE,
+        S::FORGE_ERROR_RULE_FUNCTION,
         S::FORGE_ERROR_COLLECTIVE,
         S::FORGE_ERROR_RANK,
         S::FORGE_ERROR_NO_BACKEND,
@@ -105,6 +108,7 @@ impl forge_status {
             S::FORGE_ERROR_SHAPE => c"FORGE_ERROR_SHAPE",
             S::FORGE_ERROR_STATE_INDEX => c"FORGE_ERROR_STATE_INDEX",
             S::FORGE_ERROR_WORKSPACE => c"FORGE_ERROR_WORKSPACE",
+            S::FORGE_ERROR_RULE_FUNCTION => c"FORGE_ERROR_RULE_FUNCTION",
             S::FORGE_ERROR_COLLECTIVE => c"FORGE_ERROR_COLLECTIVE",
             S::FORGE_ERROR_RANK => c"FORGE_ERROR_RANK",
             S::FORGE_ERROR_NO_BACKEND => c"FORGE_ERROR_NO_BACKEND",

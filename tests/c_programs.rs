@@ -109,6 +109,11 @@ fn doc_example() {
 }
 
 #[test]
+fn user_rule() {
+    build_and_run("user_rule.c");
+}
+
+#[test]
 fn errors() {
     build_and_run("errors.c");
 }

@@ -10,6 +10,7 @@ fn the_checked_in_header_is_the_generated_one() {
     let bindings = cbindgen::Builder::new()
         .with_config(config)
         .with_src(root.join("src/error.rs"))
+        .with_src(root.join("src/rule/user/tile.rs"))
         .with_src(root.join("src/ffi/mod.rs"))
         .generate()
         .expect("cbindgen reads src/ffi");

@@ -15,7 +15,8 @@ use forge::backend::cuda::sm90::{MOST_SEGMENTS, Mode, Specialisation, Streams};
 use forge::backend::cuda::sources::{self, Source};
 use forge::backend::cuda::{Cuda, specialise};
 use forge::error::forge_status;
-use forge::format::{Dtype, Rounding, StateFormat, WeightFormat};
+use forge::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
+use forge::rule::user::{Definition, HyperDefinition, PerStep, register};
 use forge::rule::{AMSGRAD, MAXIMIZE};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -336,6 +337,89 @@ fn a_compile_error_names_what_and_shows_the_log() {
     for part in ["rule 'x'", "wrong.cu", "no_such_thing"] {
         assert!(error.message.contains(part), "{part}: {}", error.message);
     }
+}
+
+/// Registers a rule of this CUDA source, with a state `m` and a per-step value `bias`.
+fn user_rule(name: &str, cuda: &str, bias: &str) -> Scheme {
+    let hyper = ["lr", "weight_decay", "beta"].map(|name| HyperDefinition {
+        name: name.into(),
+        default: 0.5,
+        least: 0.0,
+        most: 1.0,
+    });
+    register(Definition {
+        name: name.into(),
+        hyper: hyper.to_vec(),
+        states: vec![("m".into(), StateKind::Signed)],
+        per_step: vec![PerStep { name: "bias".into(), expression: bias.into() }],
+        cuda: Some(cuda.into()),
+        cpu: None,
+    })
+    .unwrap();
+    scheme(name, 0, WEIGHTS[2], STATES[1], Dtype::Bf16)
+}
+
+#[test]
+fn a_rule_of_ones_own_compiles_into_every_kernel_that_applies_rules() {
+    let source = "m += (1.0f - beta) * (g - m);\nfor (int i = 0; i < 2; ++i)\n    \
+                  w -= 0.5f * lr * quotient(m, fast_sqrt(fabsf(m)) + 1e-6f) / bias;\n\
+                  w = fmaf(-lr, weight_decay * w, w);";
+    let scheme = user_rule("compiles", source, "1.0 - pow(beta, step)");
+    let vector = [specialise::update(&scheme), vec!["FORGE_VECTOR=1".into()]].concat();
+    let shapes = fused().into_iter().map(|(_, specialisation)| specialisation);
+    let fused = shapes.into_iter().find(|s| s.mode == Mode::Update).unwrap();
+    let units = [
+        (sources::PROLOGUE, specialise::rule(&scheme)),
+        (sources::ELEMENTWISE, vector),
+        (sources::WGRAD_SM90, fused.defines(&scheme)),
+    ];
+    for (source, defines) in units {
+        let image = nvrtc().compile(source, &options(MAIN, &defines), "rule 'compiles'").unwrap();
+        assert!(!image.log.contains("warning"), "{}: {}", source.name, image.log);
+    }
+}
+
+#[test]
+fn an_error_in_a_rule_of_ones_own_names_the_rule_and_its_line() {
+    let cases = [
+        (
+            "typo",
+            "m = g;\nw -= lr * momentum;",
+            "1.0",
+            ["rule 'typo'", "(2)", "\"momentum\" is undefined"],
+        ),
+        (
+            "bad_value",
+            "m = g; w -= lr * m;",
+            "1.0 - pow(gamma)",
+            ["per-step value 'bias'", "(1)", "gamma"],
+        ),
+        (
+            "constant",
+            "m = g; lr = 1.0f; w -= lr * m;",
+            "1.0",
+            ["rule 'constant'", "(1)", "modifiable"],
+        ),
+    ];
+    for (name, cuda, bias, parts) in cases {
+        let scheme = user_rule(name, cuda, bias);
+        let options = options(MAIN, &specialise::rule(&scheme));
+        let error = nvrtc().compile(sources::PROLOGUE, &options, &specialise::name(&scheme));
+        let error = error.err().unwrap();
+        assert_eq!(error.status, forge_status::FORGE_ERROR_COMPILE);
+        for part in parts {
+            assert!(error.message.contains(part), "{part}: {}", error.message);
+        }
+    }
+}
+
+#[test]
+fn a_rules_text_is_among_what_an_image_is_made_from() {
+    let scheme = user_rule("text", "m = g; w -= lr * m;", "1.0");
+    let headers = sources::headers(&options(MAIN, &specialise::rule(&scheme)));
+    let text = headers.iter().find(|h| h.name == "user_rule.cuh").unwrap().text;
+    assert!(text.contains("m = g; w -= lr * m;"), "{text}");
+    assert_eq!(sources::headers(&[]).len() + 1, headers.len());
 }
 
 #[test]

@@ -22,6 +22,7 @@ from .native import (
     ForgeCommunicationError,
     ForgeError,
     ForgeInternalError,
+    ForgeRuleError,
     HostComm,
     Linear,
     LinearSpec,
@@ -45,6 +46,7 @@ from .rules import (
     Rule,
     Signum,
 )
+from .user_rule import UserRule
 from .weights import DenseWeight, FusedWeight
 
 __version__ = version()
@@ -67,6 +69,7 @@ __all__ = [
     "ForgeCommunicationError",
     "ForgeError",
     "ForgeInternalError",
+    "ForgeRuleError",
     "Fused",
     "FusedOptimizer",
     "FusedWeight",
@@ -82,6 +85,7 @@ __all__ = [
     "Rule",
     "Signum",
     "StepResult",
+    "UserRule",
     "fuse",
     "fused_linear",
     "version",

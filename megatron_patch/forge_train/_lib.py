@@ -39,6 +39,13 @@ class ForgeArgumentError(ForgeError, ValueError):
     """Statuses 1xx: the arguments of the call do not fit."""
 
 
+class ForgeRuleError(ForgeError):
+    """Statuses 2xx: a user's rule failed on the CPU; its own exception is the ``__cause__``.
+
+    The tile it failed on is as it was; tiles before it are updated.
+    """
+
+
 class ForgeCommunicationError(ForgeError):
     """Statuses 3xx: a collective failed or the ranks disagree."""
 
@@ -53,6 +60,7 @@ class ForgeInternalError(ForgeError):
 
 _BANDS: dict[int, type[ForgeError]] = {
     1: ForgeArgumentError,
+    2: ForgeRuleError,
     3: ForgeCommunicationError,
     4: ForgeBackendError,
     9: ForgeInternalError,
@@ -128,6 +136,10 @@ def text(pointer: Any) -> str:
     return ffi.string(pointer).decode("utf-8", "replace") if pointer != ffi.NULL else ""
 
 
+rule_errors: list[BaseException] = []
+"""What the CPU functions of users' rules raised in the call that is under way."""
+
+
 def check(status: int, what: str = "") -> None:
     """Raise the exception of a status that is not ``FORGE_OK``.
 
@@ -143,7 +155,10 @@ def check(status: int, what: str = "") -> None:
     name = text(lib.forge_status_name(status))
     detail = text(lib.forge_last_error()) or "no detail was given"
     where = f"{what}: " if what else ""
-    raise _BANDS.get(status // 100, ForgeError)(f"{where}{detail} [{name}]", status, name)
+    cause = rule_errors[0] if rule_errors else None
+    rule_errors.clear()
+    error = _BANDS.get(status // 100, ForgeError)
+    raise error(f"{where}{detail} [{name}]", status, name) from cause
 
 
 def new_struct(name: str) -> Any:

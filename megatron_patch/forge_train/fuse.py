@@ -255,7 +255,7 @@ def _spec(
     options = {name: group[name] for name in base.rule.options}
     return replace(
         base,
-        rule=replace(base.rule, **options),
+        rule=base.rule.with_options(**options),
         out_features=parameter.shape[0] if fused else 1,
         in_features=parameter.shape[1] if fused else parameter.numel(),
         factor_dtype=parameter.dtype if fused else torch.float32,

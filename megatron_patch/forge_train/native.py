@@ -8,6 +8,7 @@ from ._lib import (
     ForgeCommunicationError,
     ForgeError,
     ForgeInternalError,
+    ForgeRuleError,
     version,
 )
 from ._linear import Linear
@@ -30,6 +31,7 @@ __all__ = [
     "ForgeCommunicationError",
     "ForgeError",
     "ForgeInternalError",
+    "ForgeRuleError",
     "HostComm",
     "Layout",
     "Linear",

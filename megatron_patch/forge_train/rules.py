@@ -8,7 +8,7 @@ that is added there needs one dataclass here and nothing else.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -30,6 +30,14 @@ class Rule:
     def options(self) -> dict[str, Any]:
         """Every option by name, as a param group of ``torch.optim`` holds them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def with_options(self, **options: Any) -> Rule:
+        """This rule with other values of its options.
+
+        Raises:
+            TypeError: it has no option of that name.
+        """
+        return replace(self, **options)
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,11 @@ class Signum(Rule):
     momentum: float = 0.9
     weight_decay: float = 0.0
     maximize: bool = False
+
+
+def built_in() -> dict[str, type[Rule]]:
+    """The classes above by the names of their rules."""
+    return {cls.name: cls for cls in Rule.__subclasses__() if "name" in vars(cls)}
 
 
 @dataclass(frozen=True)

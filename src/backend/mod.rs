@@ -133,6 +133,8 @@ pub struct Step {
     pub grad_scale: f32,
     /// Of stochastic rounding.
     pub noise: Noise,
+    /// What the constants were computed from: a user's function gets it, and a GPU's prologue.
+    pub scalars: StepScalars,
 }
 
 impl Step {
@@ -143,12 +145,15 @@ impl Step {
             constants: scheme.rule.constants(scalars, scheme.flags),
             grad_scale: if scheme.flags & MAXIMIZE != 0 { -scale } else { scale },
             noise: Noise::new(scalars.seed, scheme.parameter_id, scalars.step),
+            scalars: *scalars,
         }
     }
 }
 
 /// The scalars of a step, or where the backend finds them when the work runs.
 #[derive(Clone, Copy)]
+// One for each call, on the stack.
+#[allow(clippy::large_enum_variant)]
 pub enum StepSource {
     /// Known now.
     Value(Step),
@@ -231,6 +236,10 @@ pub enum Image {
 ///
 /// Work is enqueued on the stream and done in its order; on the CPU it is done when a call returns.
 pub trait Backend: Send + Sync {
+    /// Refuses what this backend cannot run: a user's rule that lacks the half it needs, or that does not
+    /// compile. Asked once for each linear, before it exists.
+    fn check_scheme(&self, scheme: &Scheme) -> Result<()>;
+
     /// Refuses streams that are not this backend's.
     fn check_stream(&self, stream: Stream) -> Result<()>;
 

@@ -2,7 +2,7 @@
 
 use crate::backend::NormMethod;
 use crate::error::{Result, bail};
-use crate::format::{Dtype, Rounding, StateFormat, WeightFormat};
+use crate::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
 use crate::linear::{Parallel, Schedule};
 
 /// Defines the conversion of a number to the type that the library uses. (The enums themselves are
@@ -101,6 +101,20 @@ convert!(fn state_format(forge_state_format) -> StateFormat {
     FORGE_STATE_F32 => StateFormat::F32,
     FORGE_STATE_BF16 => StateFormat::Bf16,
     FORGE_STATE_Q8 => StateFormat::Q8,
+});
+/// What 8-bit codes may assume of a state.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum forge_state_kind {
+    /// Either sign: codes are spaced closer near zero.
+    FORGE_STATE_SIGNED = 0,
+    /// Never negative, such as an average of squares: its root is stored.
+    FORGE_STATE_NON_NEGATIVE = 1,
+}
+
+convert!(fn state_kind(forge_state_kind) -> StateKind {
+    FORGE_STATE_SIGNED => StateKind::Signed,
+    FORGE_STATE_NON_NEGATIVE => StateKind::NonNegative,
 });
 /// How a value is rounded into its format.
 #[repr(u32)]

@@ -83,6 +83,7 @@ pub unsafe extern "C" fn forge_linear_new(
             (handle("context", context)?, handle("comm", comm)?, config, scheme)
         };
         let (backend, comm) = (context.backend.clone(), comm.comm.clone());
+        backend.check_scheme(&scheme)?;
         let shape = Shape::new(
             config.out_features,
             config.in_features,

@@ -1,16 +1,18 @@
 //! Rules by name, and the clip coefficient.
 
-use super::boundary::{boundary, check_out_struct, check_pointer};
-use super::types::forge_rule_info;
+use super::boundary::{boundary, check_out_struct, check_pointer, check_reserved, read_struct};
+use super::enums;
+use super::types::{forge_rule_definition, forge_rule_info};
 use crate::error::{Result, bail, forge_status};
-use crate::rule::{self, ErasedRule, RULES, State};
+use crate::rule::user::{self, CpuFunction, Definition, HyperDefinition, PerStep};
+use crate::rule::{self, ErasedRule, State};
 use std::ffi::{CStr, c_char};
 use std::ptr::null;
 
-/// How many rules this build has.
+/// How many rules there are: those of this build, then those of forge_rule_register.
 #[unsafe(no_mangle)]
 pub extern "C" fn forge_rule_count() -> u32 {
-    RULES.len() as u32
+    rule::all().len() as u32
 }
 
 /// The rule of this index, with all states that some flags need.
@@ -22,8 +24,9 @@ pub unsafe extern "C" fn forge_rule_get(index: u32, out: *mut forge_rule_info) -
     boundary(|| {
         // SAFETY: as promised by the caller.
         unsafe { check_out_struct("out", out)? };
-        let Some(rule) = RULES.get(index as usize) else {
-            bail!(FORGE_ERROR_RULE, "index: {index}; this build has {} rules", RULES.len());
+        let rules = rule::all();
+        let Some(rule) = rules.get(index as usize) else {
+            bail!(FORGE_ERROR_RULE, "index: {index}; there are {} rules", rules.len());
         };
         // SAFETY: checked above.
         unsafe { *out = describe(*rule, rule.info().states) };
@@ -51,6 +54,80 @@ pub unsafe extern "C" fn forge_rule_find(
         }
         Ok(())
     })
+}
+
+/// Makes a rule of the caller's own known by its name, for the life of the process; `rule` of a
+/// forge_linear_config may name it then. To define the same rule again changes nothing. CUDA source is
+/// compiled when the first linear is made with it on a GPU, which reports errors in it.
+///
+/// # Safety
+/// `definition` points to a struct of its `struct_size` whose strings are NULL or NUL-terminated;
+/// `cpu_function` stays callable, reads and writes `count` elements of each array that it is given, and
+/// nothing else of the library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_rule_register(
+    definition: *const forge_rule_definition,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        let definition = unsafe { read_definition(&read_struct("definition", definition)?)? };
+        user::register(definition).map(|_| ())
+    })
+}
+
+/// # Safety
+/// As [`forge_rule_register`].
+unsafe fn read_definition(d: &forge_rule_definition) -> Result<Definition> {
+    check_reserved("definition", d.reserved)?;
+    let counts =
+        [("n_states", d.n_states, 3), ("n_hyper", d.n_hyper, 16), ("n_per_step", d.n_per_step, 16)];
+    for (name, count, most) in counts {
+        if count > most {
+            bail!(FORGE_ERROR_RULE, "{name}: {count}; a rule has at most {most}");
+        }
+    }
+    // SAFETY: as promised by the caller.
+    let string = |name: &str, text: *const c_char| unsafe { string(name, text) };
+    let optional = |name: &str, text: *const c_char| {
+        if text.is_null() { Ok(None) } else { string(name, text).map(Some) }
+    };
+    let hyper = (0..d.n_hyper as usize).map(|i| {
+        Ok(HyperDefinition {
+            name: string(&format!("hyper_names[{i}]"), d.hyper_names[i])?,
+            default: d.hyper_defaults[i],
+            least: d.hyper_least[i],
+            most: d.hyper_most[i],
+        })
+    });
+    let states = (0..d.n_states as usize).map(|i| {
+        let kind = enums::state_kind(&format!("state_kinds[{i}]"), d.state_kinds[i])?;
+        Ok((string(&format!("state_names[{i}]"), d.state_names[i])?, kind))
+    });
+    let per_step = (0..d.n_per_step as usize).map(|i| {
+        Ok(PerStep {
+            name: string(&format!("per_step_names[{i}]"), d.per_step_names[i])?,
+            expression: string(&format!("per_step_expressions[{i}]"), d.per_step_expressions[i])?,
+        })
+    });
+    Ok(Definition {
+        name: string("name", d.name)?,
+        hyper: hyper.collect::<Result<_>>()?,
+        states: states.collect::<Result<_>>()?,
+        per_step: per_step.collect::<Result<_>>()?,
+        cuda: optional("cuda_source", d.cuda_source)?,
+        cpu: d.cpu_function.map(|function| CpuFunction { function, user: d.cpu_user }),
+    })
+}
+
+/// # Safety
+/// `text` is NULL or NUL-terminated.
+unsafe fn string(name: &str, text: *const c_char) -> Result<String> {
+    check_pointer(name, text)?;
+    // SAFETY: as promised by the caller.
+    match unsafe { CStr::from_ptr(text) }.to_str() {
+        Ok(text) => Ok(text.to_string()),
+        Err(_) => bail!(FORGE_ERROR_RULE, "{name}: not UTF-8"),
+    }
 }
 
 /// # Safety

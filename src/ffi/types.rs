@@ -12,6 +12,7 @@ macro_rules! sized {
 sized!(
     forge_context_config,
     forge_rule_info,
+    forge_rule_definition,
     forge_host_collectives,
     forge_linear_config,
     forge_layout,
@@ -83,6 +84,65 @@ pub struct forge_rule_info {
     /// n_hyper of them.
     pub hyper_defaults: [f64; 16],
 }
+
+/// A rule of the caller's own, element by element. Arrays beyond their counts are not read; all strings
+/// are copied.
+///
+/// `cuda_source` is statements of CUDA C over one element in fp32, such as
+/// `momentum = beta * momentum + g; w -= lr * (momentum + weight_decay * w);`. It finds by name: `g`, the
+/// gradient times grad_scale; `w` and the states, to be updated; `step`, from 1, the hyper-parameters and
+/// the per-step values, as fp32 constants. `a * b + c` is rounded twice, as written; `fmaf` once. CUDA's
+/// mathematical functions are there; of the library `fast_sqrt(x)` and `quotient(a, b)`, which are
+/// within 2 ulp and take a fifth of the time. Loops count between numbers,
+/// `for (int i = 0; i < 8; ++i)`.
+///
+/// `cpu_function` does the same on the CPU backend, a tile at a time.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_rule_definition {
+    /// sizeof(forge_rule_definition).
+    pub struct_size: u32,
+    /// At most 3.
+    pub n_states: u32,
+    /// At least 2; with n_per_step at most 15.
+    pub n_hyper: u32,
+    /// Values computed once for each step.
+    pub n_per_step: u32,
+    /// An identifier of C that no other rule has.
+    pub name: *const c_char,
+    /// Identifiers of C; as in checkpoints.
+    pub state_names: [*const c_char; 3],
+    /// forge_state_kind of each.
+    pub state_kinds: [u32; 3],
+    /// 0.
+    pub reserved: u32,
+    /// Identifiers of C; the first two are "lr" and "weight_decay".
+    pub hyper_names: [*const c_char; 16],
+    /// Of each hyper-parameter.
+    pub hyper_defaults: [f64; 16],
+    /// Smallest accepted values.
+    pub hyper_least: [f64; 16],
+    /// Largest accepted values; those of fp32 are the limit.
+    pub hyper_most: [f64; 16],
+    /// Identifiers of C.
+    pub per_step_names: [*const c_char; 16],
+    /// Each an expression of CUDA C in fp64 over hyper-parameters, `step` and the values before it, such
+    /// as `1.0 - pow(beta, step)`. On a GPU they cost a launch of some 2 microseconds for each update.
+    pub per_step_expressions: [*const c_char; 16],
+    /// NULL: the rule is for the CPU only.
+    pub cuda_source: *const c_char,
+    /// NULL: the rule is for GPUs only.
+    pub cpu_function: forge_rule_function,
+    /// First argument of `cpu_function`.
+    pub cpu_user: *mut c_void,
+}
+
+/// A rule over a tile on the CPU; 0 says success. The library calls it from several threads at once, each
+/// with another tile, until the process ends.
+pub type forge_rule_function =
+    Option<unsafe extern "C" fn(user: *mut c_void, tile: *const forge_rule_tile) -> i32>;
+
+pub use crate::rule::user::forge_rule_tile;
 
 /// The caller's own collectives. Counts are in elements of `dtype` (a forge_dtype); 0 says success.
 /// A callback may start the operation and return: `wait` returns when all that was started is done.

@@ -28,6 +28,8 @@ pub struct Linear {
 
 /// What a backward does with dW.
 #[derive(Clone, Copy)]
+// One for each call, on the stack.
+#[allow(clippy::large_enum_variant)]
 pub enum Mode {
     /// Consume it: the schedule `immediate`, or the last micro-batch of `accumulate`.
     Update {

@@ -17,6 +17,7 @@ mod rmsprop;
 mod rprop;
 mod sgd;
 mod signum;
+pub mod user;
 
 use crate::error::{Result, bail};
 use crate::format::StateKind;
@@ -173,6 +174,10 @@ pub trait ErasedRule: Sync {
     fn constants(&self, step: &StepScalars, flags: u32) -> Constants;
     /// Applies the rule to a run.
     fn apply(&self, flags: u32, c: &Constants, run: Run<'_>);
+    /// The rule as its user defined it; None: built in.
+    fn user(&self) -> Option<&user::UserRule> {
+        None
+    }
 }
 
 impl<R: Rule> ErasedRule for R {
@@ -207,13 +212,20 @@ fn apply_run<R: Rule>(flags: u32, c: &Constants, run: Run<'_>) {
     }
 }
 
+/// Every rule: those of this build, then those that were defined.
+pub fn all() -> Vec<&'static dyn ErasedRule> {
+    let defined = user::registered();
+    RULES.iter().copied().chain(defined.into_iter().map(|r| r as &dyn ErasedRule)).collect()
+}
+
 /// The rule of this name.
 pub fn find(name: &str) -> Result<&'static dyn ErasedRule> {
-    if let Some(rule) = RULES.iter().find(|r| r.info().name.to_str() == Ok(name)) {
+    let rules = all();
+    if let Some(rule) = rules.iter().find(|r| r.info().name.to_str() == Ok(name)) {
         return Ok(*rule);
     }
-    let known: Vec<_> = RULES.iter().map(|r| r.info().name.to_string_lossy()).collect();
-    bail!(FORGE_ERROR_RULE, "rule: no rule is named '{name}'; this build has {}", known.join(", "))
+    let known: Vec<_> = rules.iter().map(|r| r.info().name.to_string_lossy()).collect();
+    bail!(FORGE_ERROR_RULE, "rule: no rule is named '{name}'; known: {}", known.join(", "))
 }
 
 /// Refuses flags that the rule does not take, and Nesterov without momentum.

@@ -11,7 +11,6 @@ optimizer's parameter groups, so the fused weights have it off between the two c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from ..engine import Engine
 from ..native import Context, default_context
-from ..rules import Rule
+from ..rules import Rule, built_in
 from . import patch
 from .chain import ForgeChainedOptimizer
 from .choose import Left, choose, refuse, unwrap
@@ -44,8 +43,8 @@ def _rule(rule: str | Rule, options: Mapping[str, Any]) -> Rule:
         ValueError: unknown rule or option; the message lists the known ones.
     """
     if isinstance(rule, Rule):
-        return replace(rule, **options)
-    known = {cls.name: cls for cls in Rule.__subclasses__()}
+        return rule.with_options(**options)
+    known = built_in()
     if rule not in known:
         raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(sorted(known))}")
     # Whether SGD has a momentum buffer is fixed here, and Megatron's SGD has one by default.

@@ -8,6 +8,7 @@ mod norm;
 mod scratch;
 mod tile;
 mod update;
+mod user;
 
 pub use gemm::CHUNK;
 pub use tile::{Grid, Tile};
@@ -21,6 +22,7 @@ use crate::format::{Dtype, store_factor};
 use rayon::prelude::*;
 use scratch::{Scratch, ScratchPool};
 use update::{TileUpdate, apply_tile, sum_of_squares};
+use user::apply_function;
 
 /// A thread pool and its scratch.
 pub struct Cpu {
@@ -89,7 +91,7 @@ impl Cpu {
             self.add_products(scheme, shard, factors, Accumulator(gradient.as_mut_ptr()));
             let whole = Tile { row: 0, col: 0, rows: shard.rows, cols: shard.cols };
             let update = TileUpdate { scheme, shard, arrays, step };
-            apply_tile(update, whole, &mut gradient, shard.cols);
+            apply(update, whole, &mut gradient, shard.cols).expect("the rule's function succeeds");
         }
     }
 
@@ -169,6 +171,21 @@ impl Cpu {
     }
 }
 
+/// Applies the rule to a tile of gradient, `g`, whose rows are `g_stride` apart.
+///
+/// # Safety
+/// As [`apply_tile`].
+unsafe fn apply(update: TileUpdate, tile: Tile, g: &mut [f32], g_stride: usize) -> Result<()> {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        match update.scheme.rule.user() {
+            None => apply_tile(update, tile, g, g_stride),
+            Some(rule) => apply_function(rule, update, tile, g, g_stride)?,
+        }
+    }
+    Ok(())
+}
+
 /// Whether Gram matrices take fewer operations than the tiles: `T²(in+out)` against `2·T·in·out`.
 pub fn gram_is_cheaper(shard: &Shard, tokens: usize) -> bool {
     let (t, i, o) = (tokens as f64, shard.cols as f64, shard.rows as f64);
@@ -176,6 +193,10 @@ pub fn gram_is_cheaper(shard: &Shard, tokens: usize) -> bool {
 }
 
 impl Backend for Cpu {
+    fn check_scheme(&self, scheme: &Scheme) -> Result<()> {
+        scheme.rule.user().map_or(Ok(()), |rule| rule.function().map(|_| ()))
+    }
+
     fn check_stream(&self, Stream(stream): Stream) -> Result<()> {
         if !stream.is_null() {
             bail!(FORGE_ERROR_STREAM, "stream: {stream:p} given to the CPU backend; pass NULL");
@@ -210,7 +231,7 @@ impl Backend for Cpu {
         let sums = self.for_each(grid.tiles(), |index, scratch| {
             let tile = grid.tile(index);
             // SAFETY: as promised by the caller; tiles are disjoint.
-            unsafe {
+            let (squares, finite) = unsafe {
                 gemm::wgrad_tile(scheme.factor_dtype, shard, factors, accumulator, tile, scratch);
                 let squares = sum_of_squares(&scratch.tile);
                 // The scale can overflow what was finite, so it is part of the question.
@@ -219,11 +240,13 @@ impl Backend for Cpu {
                     && (largest < f64::from(f32::MAX)
                         || scratch.tile.iter().all(|g| (g * step.grad_scale).is_finite()));
                 if finite {
-                    apply_tile(update, tile, &mut scratch.tile, tile.cols);
+                    apply(update, tile, &mut scratch.tile, tile.cols)?;
                 }
                 (squares, finite)
-            }
+            };
+            Ok((squares, finite))
         });
+        let sums = sums.into_iter().collect::<Result<Vec<_>>>()?;
         Ok(Some(Report {
             tiles: sums.len() as u64,
             nonfinite_tiles: sums.iter().filter(|(_, finite)| !finite).count() as u64,

@@ -1,7 +1,7 @@
 //! NVRTC: from a source and its defines to a device image. Loaded at run time, by name or from where a
 //! Python environment keeps CUDA's libraries.
 
-use super::sources::{HEADERS, Source};
+use super::sources::{self, Source};
 use crate::error::{Result, bail};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 use std::ffi::{CStr, CString, c_char, c_int};
@@ -119,9 +119,10 @@ impl Nvrtc {
     pub fn compile(&self, source: Source, options: &[String], what: &str) -> Result<Image> {
         let c = |text: &str| CString::new(text).unwrap_or_default();
         let (text, name) = (c(source.text), c(source.name));
-        let texts: Vec<CString> = HEADERS.iter().map(|h| c(h.text)).collect();
+        let headers = sources::headers(options);
+        let texts: Vec<CString> = headers.iter().map(|h| c(h.text)).collect();
         // `rules/` includes its headers by the path from there.
-        let names: Vec<CString> = HEADERS.iter().map(|h| c(h.name)).collect();
+        let names: Vec<CString> = headers.iter().map(|h| c(h.name)).collect();
         let options: Vec<CString> = options.iter().map(|o| c(o)).collect();
         let pointers = |v: &[CString]| v.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
         let (texts, names) = (pointers(&texts), pointers(&names));

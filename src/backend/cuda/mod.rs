@@ -33,7 +33,7 @@ use blas::{Left, Plane, Product};
 use driver::DevicePtr;
 use elementwise::Gradient;
 use gpu::Gpu;
-use parameters::{KernelNorm, KernelReport, KernelStep, Region};
+use parameters::{KernelNorm, KernelReport, Region};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use workspace::{MOST_PARTIALS, PANEL_BYTES, TOTAL_BYTES, Workspace};
@@ -228,6 +228,10 @@ fn plane_of(buffer: Accumulator, shard: &Shard, region: Region) -> Plane {
 }
 
 impl Backend for Cuda {
+    fn check_scheme(&self, scheme: &Scheme) -> Result<()> {
+        scheme.rule.user().map_or(Ok(()), |rule| reduce::check_rule(&self.gpu, scheme, rule))
+    }
+
     fn check_stream(&self, _stream: Stream) -> Result<()> {
         Ok(())
     }
@@ -271,10 +275,7 @@ impl Backend for Cuda {
         let mut partials = Partials { base: workspace.partials, count: 0 };
         // SAFETY: as promised by the caller.
         unsafe {
-            if let StepSource::Device(source) = *step {
-                reduce::prologue(gpu, scheme, source, workspace.scalars, stream)?;
-            }
-            let step = KernelStep::new(step, workspace.scalars);
+            let step = reduce::prologue(gpu, scheme, step, workspace.scalars, stream)?;
             let no_tokens = factors.iter().all(|f| f.tokens == 0);
             let host = if deliver.host { workspace.result } else { 0 };
             let out = [host, deliver.device as DevicePtr];

@@ -3,7 +3,7 @@
 use super::cache::{self, Cache};
 use super::compile::{Nvrtc, architecture, options};
 use super::driver::{Device, Function, check};
-use super::sources::{HEADERS, Source};
+use super::sources::{self, Source};
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUfunction_attribute, CUmodule};
 use std::collections::HashMap;
@@ -120,7 +120,8 @@ impl Drop for Modules {
 /// The cache's key: everything that an image is made from.
 pub fn image_key(nvrtc: &Nvrtc, source: Source, options: &[String]) -> String {
     let version = format!("NVRTC {}.{}", nvrtc.version.0, nvrtc.version.1);
-    let headers = HEADERS.iter().flat_map(|h| [h.name, h.text]);
+    let headers = sources::headers(options);
+    let headers = headers.iter().flat_map(|h| [h.name, h.text]);
     let parts = [version.as_str(), source.name, source.text].into_iter().chain(headers);
     cache::key(parts.chain(options.iter().map(String::as_str)))
 }

@@ -1,9 +1,9 @@
 //! The structs that kernels take by value, as `kernels/prelude.cuh` and `kernels/shard.cuh` declare
 //! them.
 
-use super::super::{Arrays, Shard, Step, StepSource};
+use super::super::{Arrays, Shard, Step};
 use super::driver::DevicePtr;
-use crate::rule::MAX_STATES;
+use crate::rule::{MAX_HYPER, MAX_STATES, StepScalars};
 
 /// `forge::StepScalars`.
 #[repr(C)]
@@ -39,13 +39,19 @@ pub struct KernelStep {
     pub device: DevicePtr,
 }
 
-impl KernelStep {
-    /// Scalars by value, or from where the prologue leaves them.
-    pub fn new(source: &StepSource, prologue: DevicePtr) -> Self {
-        match source {
-            StepSource::Value(step) => Self { value: step.into(), device: 0 },
-            StepSource::Device(_) => Self { value: KernelScalars::default(), device: prologue },
-        }
+/// `ScalarsInMemory` of kernels/prologue.cu, which is the C ABI's `forge_step_scalars`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct KernelSource {
+    step: u64,
+    seed: u64,
+    grad_scale: f64,
+    hyper: [f64; MAX_HYPER],
+}
+
+impl From<&StepScalars> for KernelSource {
+    fn from(s: &StepScalars) -> Self {
+        Self { step: s.step, seed: s.seed, grad_scale: s.grad_scale, hyper: s.hyper }
     }
 }
 

@@ -1,14 +1,16 @@
 //! Reductions in a fixed order, images, and the prologue of a step: `kernels/{reduce,image,prologue}.cu`.
 
-use super::super::{Arrays, Image, Matrix, Scheme, Shard, Stream};
+use super::super::{Arrays, Image, Matrix, Scheme, Shard, StepSource, Stream};
 use super::driver::{DevicePtr, parameters};
 use super::gpu::{Gpu, Kernel};
-use super::parameters::{KernelArrays, KernelShard, Region};
+use super::parameters::{
+    KernelArrays, KernelScalars, KernelShard, KernelSource, KernelStep, Region,
+};
 use super::{grid, sources, specialise};
 use crate::error::Result;
 use crate::format::{BLOCK, StateFormat, StateKind};
 use crate::rule::MAXIMIZE;
-use std::ffi::c_void;
+use crate::rule::user::UserRule;
 
 /// One block: a fixed order.
 const REDUCE_THREADS: u32 = 1024;
@@ -145,28 +147,51 @@ pub unsafe fn image(
     unsafe { gpu.run(kernel, &mut parameters!(arrays, shard, k, fp32), stream) }
 }
 
-/// A `forge_step_scalars` in device memory to the scalars that kernels use.
+/// The kernels of a step's prologue.
+fn prologue_kernel<'a>(name: &'a str, defines: &'a [String], what: &'a str) -> Kernel<'a> {
+    let source = sources::PROLOGUE;
+    Kernel { source, defines, name, what, grid: [1; 3], block: 1, shared_bytes: 0 }
+}
+
+/// Where the kernels of an update find the scalars of a step: by value, or at `out`, where a kernel
+/// leaves them that this enqueues.
 ///
 /// # Safety
-/// As [`report`].
+/// The context is current; the memory is valid when the work runs.
 pub unsafe fn prologue(
     gpu: &Gpu,
     scheme: &Scheme,
-    source: *const c_void,
+    step: &StepSource,
     out: DevicePtr,
     stream: Stream,
-) -> Result<()> {
-    let defines = specialise::rule(scheme);
-    let kernel = Kernel {
-        source: sources::PROLOGUE,
-        defines: &defines,
-        name: "forge_prologue",
-        what: &specialise::name(scheme),
-        grid: [1; 3],
-        block: 1,
-        shared_bytes: 0,
-    };
+) -> Result<KernelStep> {
     let (parameter, maximize) = (scheme.parameter_id, u32::from(scheme.flags & MAXIMIZE != 0));
-    // SAFETY: as promised by the caller; the kernel declares these parameters.
-    unsafe { gpu.run(kernel, &mut parameters!(source, parameter, maximize, out), stream) }
+    let (defines, what) = (specialise::rule(scheme), specialise::name(scheme));
+    let kernel = |name| prologue_kernel(name, &defines, &what);
+    // SAFETY: as promised by the caller; the kernels declare these parameters.
+    unsafe {
+        match *step {
+            StepSource::Device(source) => {
+                let mut parameters = parameters!(source, parameter, maximize, out);
+                gpu.run(kernel("forge_prologue"), &mut parameters, stream)?;
+            }
+            StepSource::Value(step) if scheme.rule.user().is_some_and(UserRule::has_per_step) => {
+                let source = KernelSource::from(&step.scalars);
+                let mut parameters = parameters!(source, parameter, maximize, out);
+                gpu.run(kernel("forge_prologue_of_values"), &mut parameters, stream)?;
+            }
+            StepSource::Value(step) => {
+                return Ok(KernelStep { value: (&step).into(), device: 0 });
+            }
+        }
+    }
+    Ok(KernelStep { value: KernelScalars::default(), device: out })
+}
+
+/// Compiles the rule that the caller defined, for the errors in it.
+pub fn check_rule(gpu: &Gpu, scheme: &Scheme, rule: &UserRule) -> Result<()> {
+    rule.header()?;
+    let (defines, what) = (specialise::rule(scheme), specialise::name(scheme));
+    let kernel = prologue_kernel("forge_prologue", &defines, &what);
+    gpu.modules.get(kernel.source, kernel.defines, kernel.name, 0, kernel.what).map(|_| ())
 }

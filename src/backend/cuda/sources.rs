@@ -1,5 +1,7 @@
 //! The kernels' sources, embedded as text: the library needs no file at run time.
 
+use crate::rule::ErasedRule;
+
 /// A translation unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Source {
@@ -45,6 +47,19 @@ pub const HEADERS: &[Source] = &[
     source!("tally.cuh"),
     source!("epilogue.cuh"),
 ];
+
+/// What a compilation with these defines or options may include: [`HEADERS`], and the rule that the
+/// caller defined if it is one (`FORGE_USER_RULE=name`).
+pub fn headers(defines: &[String]) -> Vec<Source> {
+    let mut out = HEADERS.to_vec();
+    let user = defines.iter().find_map(|d| d.split_once("FORGE_USER_RULE=").map(|(_, name)| name));
+    let mut rules = crate::rule::user::registered().into_iter();
+    let rule = rules.find(|r| r.info().name.to_str().ok() == user);
+    if let Some(text) = rule.and_then(|r| r.header().ok()) {
+        out.push(Source { name: "user_rule.cuh", text });
+    }
+    out
+}
 
 /// The fused kernel of compute capability 9.0.
 pub const WGRAD_SM90: Source = source!("wgrad_sm90.cu");

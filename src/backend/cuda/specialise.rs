@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `FORGE_RULE` | the rule's C++ type |
 //! | `FORGE_RULE_FLAGS` | its flags; without `maximize`, which `grad_scale` carries |
+//! | `FORGE_USER_RULE` | its name, where the caller defined it: then `user_rule.cuh` has that type |
 //! | `FORGE_N_STATES` | states that it has |
 //! | `FORGE_WEIGHT_FORMAT` | 0 fp32, 1 bf16, 2 bf16+fp32, 3 bf16+16 |
 //! | `FORGE_WEIGHT_STOCHASTIC` | 1: a bf16 weight is rounded by chance |
@@ -18,11 +19,16 @@ use crate::rule::{MAX_STATES, MAXIMIZE};
 
 /// The rule and its flags.
 pub fn rule(scheme: &Scheme) -> Vec<String> {
-    vec![
-        format!("FORGE_RULE={}", scheme.rule.info().cuda),
+    let info = scheme.rule.info();
+    let mut out = vec![
+        format!("FORGE_RULE={}", info.cuda),
         format!("FORGE_RULE_FLAGS={}u", scheme.flags & !MAXIMIZE),
         format!("FORGE_N_STATES={}", scheme.n_states),
-    ]
+    ];
+    if scheme.rule.user().is_some() {
+        out.push(format!("FORGE_USER_RULE={}", info.name.to_string_lossy()));
+    }
+    out
 }
 
 /// How weight and states are stored and rounded.
