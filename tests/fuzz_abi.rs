@@ -33,6 +33,7 @@ use world::{Context, Failure, World};
 /// Statuses that no call on the CPU can be made to give: a thread pool that the system refuses, a
 /// bug, and what only a GPU has.
 const NOT_THE_CALLERS: &[forge_status] = &[
+    FORGE_ERROR_RULE_FUNCTION,
     FORGE_ERROR_THREADS,
     FORGE_ERROR_PANIC,
     FORGE_ERROR_WORKSPACE,
