@@ -2,6 +2,10 @@
 // needed.
 #pragma once
 
+#ifndef FORGE_EXACT
+#define FORGE_EXACT 0
+#endif
+
 namespace forge {
 
 using u8 = unsigned char;
@@ -67,8 +71,21 @@ FORGE_DEVICE float fast_reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// Of rules. FORGE_EXACT, for fp32 factors, whose products are exact in the same sense
+// (kernels/exact.cu): IEEE's, so that every element gets the bits that the CPU backend gives it.
+#if FORGE_EXACT
+constexpr bool EXACT = true;
+FORGE_DEVICE float root(float x) { return __fsqrt_rn(x); }
+FORGE_DEVICE float quotient(float numerator, float divisor) {
+    return __fdiv_rn(numerator, divisor);
+}
+#else
+constexpr bool EXACT = false;
+FORGE_DEVICE float root(float x) { return fast_sqrt(x); }
 FORGE_DEVICE float quotient(float numerator, float divisor) {
     return __fmul_rn(numerator, fast_reciprocal(divisor));
 }
+#endif
 
 } // namespace forge

@@ -362,7 +362,7 @@ fn user_rule(name: &str, cuda: &str, bias: &str) -> Scheme {
 #[test]
 fn a_rule_of_ones_own_compiles_into_every_kernel_that_applies_rules() {
     let source = "m += (1.0f - beta) * (g - m);\nfor (int i = 0; i < 2; ++i)\n    \
-                  w -= 0.5f * lr * quotient(m, fast_sqrt(fabsf(m)) + 1e-6f) / bias;\n\
+                  w -= 0.5f * lr * quotient(m, root(fabsf(m)) + 1e-6f) / bias;\n\
                   w = fmaf(-lr, weight_decay * w, w);";
     let scheme = user_rule("compiles", source, "1.0 - pow(beta, step)");
     let vector = [specialise::update(&scheme), vec!["FORGE_VECTOR=1".into()]].concat();

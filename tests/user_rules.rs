@@ -43,15 +43,16 @@ unsafe extern "C" fn adamw(_user: *mut c_void, tile: *const forge_rule_tile) -> 
         let tile = &*tile;
         let &[lr, decay, beta1, beta2, eps] = &*tile.hyper.cast::<[f64; 5]>();
         let bias = |beta: f64| 1.0 - beta.powf(tile.step as f64);
-        let (step, root) = ((-lr / bias(beta1)) as f32, bias(beta2).sqrt() as f32);
-        let (shrink, intake1) = ((1.0 - lr * decay) as f32, (1.0 - beta1) as f32);
-        let (keep2, intake2) = (beta2 as f32, (1.0 - beta2) as f32);
+        let of_root = (-bias(beta1) / (lr * bias(beta2).sqrt())) as f32;
+        let (of_eps, shrink) = ((-bias(beta1) / lr * eps) as f32, (1.0 - lr * decay) as f32);
+        let (intake1, keep2, intake2) =
+            ((1.0 - beta1) as f32, beta2 as f32, (1.0 - beta2).sqrt() as f32);
         for i in 0..tile.count as usize {
             let (g, w) = (*tile.g.add(i), tile.w.add(i));
             let (m, v) = (tile.states[0].add(i), tile.states[1].add(i));
-            *m += intake1 * (g - *m);
-            *v = keep2 * *v + intake2 * g * g;
-            *w = *w * shrink + step * *m / ((*v).sqrt() / root + eps as f32);
+            *m = intake1.mul_add(g - *m, *m);
+            *v = (g * intake2).mul_add(g * intake2, keep2 * *v);
+            *w = (*w).mul_add(shrink, *m / (*v).sqrt().mul_add(of_root, of_eps));
         }
     }
     0

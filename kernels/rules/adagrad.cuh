@@ -20,7 +20,7 @@ struct Adagrad {
         g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
         // States begin as zeros, and stay so where the first steps were skipped.
         s[0] = __fmaf_rn(g, g, s[0] == 0.0f ? c[2] : s[0]);
-        w = __fmaf_rn(c[0], quotient(g, __fadd_rn(fast_sqrt(s[0]), c[3])), w);
+        w = __fmaf_rn(c[0], quotient(g, __fadd_rn(root(s[0]), c[3])), w);
     }
 };
 

@@ -20,8 +20,10 @@ template <bool Coupled> struct AdamRule {
         c[2] = static_cast<float>(1.0 - lr * (Coupled ? 0.0 : decay));
         c[3] = static_cast<float>(1.0 - beta1);
         c[4] = static_cast<float>(beta2);
+        c[5] = static_cast<float>(sqrt(1.0 - beta2));
         c[8] = static_cast<float>(fmax(-bias1 / (lr * sqrt(bias2)), -most));
-        c[9] = static_cast<float>(sqrt(1.0 - beta2) * (Coupled ? 1.0 : grad_scale));
+        c[9] = static_cast<float>(sqrt(1.0 - beta2) * grad_scale);
+        // −η/(1−β₁ᵗ) is in the divisor.
         c[10] = eps == 0.0 ? 0.0f : static_cast<float>(fmax(-bias1 / lr * eps, -most));
         // m = unit · (what the coded form returns).
         const double unit = (1.0 - beta1) / sqrt(1.0 - beta2);
@@ -32,14 +34,12 @@ template <bool Coupled> struct AdamRule {
         c[15] = eps == 0.0 ? 0.0f : static_cast<float>(fmax(-bias1 / lr * eps / unit, -most));
     }
 
-    // The same as on the CPU in fewer instructions: −η/(1−β₁ᵗ) divides the divisor's constants c[8]
-    // and c[10], and √(1−β₂) multiplies the gradient before it is squared.
     FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
-        const float root = decay_and_root(c, g, scale, w);
+        const float intake = decay_and_intake(c, g, scale, w);
         s[0] = __fmaf_rn(c[3], __fmaf_rn(g, scale, -s[0]), s[0]);
-        s[1] = __fmaf_rn(root, root, __fmul_rn(c[4], s[1]));
+        s[1] = __fmaf_rn(intake, intake, __fmul_rn(c[4], s[1]));
         const float square = AMSGRAD ? s[2] = fmaxf(s[2], s[1]) : s[1];
-        step(w, c[2], s[0], __fmaf_rn(fast_sqrt(square), c[8], c[10]));
+        step(w, c[2], s[0], __fmaf_rn(root(square), c[8], c[10]));
     }
 
     // Both states from codes: β₁m and √β₂·√v come, m and √v go, both m in units of
@@ -54,24 +54,25 @@ template <bool Coupled> struct AdamRule {
     }
     FORGE_DEVICE static void update_coded(const float *c, float g, float scale, float &w, float *s,
                                           const float *worth) {
-        const float root = decay_and_root(c, g, scale, w);
-        s[0] = __fmaf_rn(s[0], worth[0], root);
-        s[1] = fast_sqrt(__fmaf_rn(root, root, __fmul_rn(s[1], s[1])));
+        const float intake = decay_and_intake(c, g, scale, w);
+        s[0] = __fmaf_rn(s[0], worth[0], intake);
+        s[1] = root(__fmaf_rn(intake, intake, __fmul_rn(s[1], s[1])));
         const float divides = AMSGRAD ? s[2] = fmaxf(s[2], s[1]) : s[1];
         step(w, c[2], s[0], __fmaf_rn(divides, c[14], c[15]));
     }
 
   private:
-    // g with the coupled decay, which needs it scaled; √(1−β₂)·g.
-    FORGE_DEVICE static float decay_and_root(const float *c, float &g, float &scale, float w) {
-        if (Coupled) {
+    // √(1−β₂)·g. Coupled decay needs g scaled; without, the scale is in c[9], unless the CPU's bits
+    // are wanted.
+    FORGE_DEVICE static float decay_and_intake(const float *c, float &g, float &scale, float w) {
+        if (Coupled || EXACT) {
             g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
             scale = 1.0f;
         }
-        return __fmul_rn(g, c[9]);
+        return __fmul_rn(g, c[Coupled || EXACT ? 5 : 9]);
     }
     FORGE_DEVICE static void step(float &w, float shrink, float m, float divisor) {
-        w = __fmaf_rn(w, shrink, __fmul_rn(m, fast_reciprocal(divisor)));
+        w = __fmaf_rn(w, shrink, quotient(m, divisor));
     }
 };
 

@@ -37,7 +37,7 @@ struct AdEmaMix {
         s[0] = __fmaf_rn(c[3], __fsub_rn(g, s[0]), s[0]);
         s[1] = __fmaf_rn(__fmul_rn(c[5], g), g, __fmul_rn(c[4], s[1]));
         s[2] = __fmaf_rn(c[8], __fsub_rn(g, s[2]), s[2]);
-        const float divisor = __fmaf_rn(fast_sqrt(s[1]), c[6], c[7]);
+        const float divisor = __fmaf_rn(root(s[1]), c[6], c[7]);
         const float step = __fmaf_rn(c[1], s[2], __fmul_rn(c[0], s[0]));
         w = __fmaf_rn(w, c[2], quotient(step, divisor));
     }

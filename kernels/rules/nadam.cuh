@@ -44,7 +44,7 @@ struct NAdam {
         g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
         s[0] = __fmaf_rn(c[3], __fsub_rn(g, s[0]), s[0]);
         s[1] = __fmaf_rn(__fmul_rn(c[5], g), g, __fmul_rn(c[4], s[1]));
-        const float divisor = __fmaf_rn(fast_sqrt(s[1]), c[6], c[7]);
+        const float divisor = __fmaf_rn(root(s[1]), c[6], c[7]);
         const float step = __fmaf_rn(c[8], s[0], __fmul_rn(c[0], g));
         w = __fmaf_rn(w, c[2], quotient(step, divisor));
     }

@@ -31,7 +31,7 @@ struct RAdam {
         g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
         s[0] = __fmaf_rn(c[3], __fsub_rn(g, s[0]), s[0]);
         s[1] = __fmaf_rn(__fmul_rn(c[5], g), g, __fmul_rn(c[4], s[1]));
-        const float divisor = c[6] != 0.0f ? __fadd_rn(fast_sqrt(s[1]), c[7]) : 1.0f;
+        const float divisor = c[6] != 0.0f ? __fadd_rn(root(s[1]), c[7]) : 1.0f;
         w = __fmaf_rn(w, c[2], quotient(__fmul_rn(c[0], s[0]), divisor));
     }
 };

@@ -29,7 +29,7 @@ struct RmsProp {
             average = __fmaf_rn(c[3], __fsub_rn(g, average), average);
             variance = fmaxf(__fmaf_rn(-average, average, variance), 0.0f);
         }
-        float direction = quotient(g, __fadd_rn(fast_sqrt(variance), c[4]));
+        float direction = quotient(g, __fadd_rn(root(variance), c[4]));
         if (MOMENTUM) {
             direction = __fmaf_rn(c[5], s[1], direction);
             s[1] = direction;

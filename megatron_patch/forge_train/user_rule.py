@@ -90,8 +90,8 @@ class UserRule(Rule):
         cuda: statements of CUDA C over one element in fp32. By name there are ``g``, the gradient
             with clipping and loss scale in it; ``w`` and the states, to be updated; ``step``, from
             1, the hyper-parameters and the per-step values as constants. ``a * b + c`` is rounded
-            twice, as written. ``fast_sqrt(x)`` and ``quotient(a, b)`` are within 2 ulp and cheaper
-            than ``sqrtf(x)`` and ``a / b``. None: the rule is for the CPU only.
+            twice, as written. ``root(x)`` and ``quotient(a, b)`` are ``sqrtf(x)`` and ``a / b``
+            with fp32 factors, and else within 2 ulp and cheaper. None: for the CPU only.
         per_step: values for ``cuda`` that are computed once for each step in fp64: expressions of
             C over the hyper-parameters, ``step`` and the values before them.
         cpu: ``cpu(g, w, *states, step, lr, weight_decay, ...)``, the same for the CPU: 1-D fp32

@@ -38,44 +38,42 @@ fn constants(step: &StepScalars, is_coupled: bool, flags: u32) -> Constants {
     let bias1 = 1.0 - h[BETA1].powf(t);
     let bias2 = 1.0 - h[BETA2].powf(t);
     let mut c = [0.0; 16];
-    c[0] = (-h[LR] / bias1) as f32;
+    let most = f64::from(f32::MAX);
+    // −η/(1−β₁ᵗ) goes into the divisor, and √(1−β₂) into what is squared: fewer instructions.
+    let unit = (1.0 - h[BETA1]) / (1.0 - h[BETA2]).sqrt();
+    let of_root = -bias1 / (h[LR] * bias2.sqrt());
+    let of_eps = if h[EPS] == 0.0 { 0.0 } else { -bias1 / h[LR] * h[EPS] };
+    let sign = if flags & MAXIMIZE != 0 { -1.0 } else { 1.0 };
     c[1] = coupled as f32;
     c[2] = (1.0 - h[LR] * decoupled) as f32;
     c[3] = (1.0 - h[BETA1]) as f32;
     c[4] = h[BETA2] as f32;
-    c[5] = (1.0 - h[BETA2]) as f32;
-    c[6] = bias2.sqrt() as f32;
-    c[7] = h[EPS] as f32;
-    // For the GPU, which works with fewer instructions: see kernels/rules/adam.cuh.
-    let most = f64::from(f32::MAX);
-    let sign = if flags & MAXIMIZE != 0 { -1.0 } else { 1.0 };
-    let scale = if is_coupled { 1.0 } else { sign * step.grad_scale };
-    c[8] = (-bias1 / (h[LR] * bias2.sqrt())).max(-most) as f32;
-    c[9] = ((1.0 - h[BETA2]).sqrt() * scale) as f32;
-    c[10] = if h[EPS] == 0.0 { 0.0 } else { (-bias1 / h[LR] * h[EPS]).max(-most) as f32 };
-    let unit = (1.0 - h[BETA1]) / (1.0 - h[BETA2]).sqrt();
+    c[5] = (1.0 - h[BETA2]).sqrt() as f32;
+    c[8] = of_root.max(-most) as f32;
+    c[10] = of_eps.max(-most) as f32;
+    // For the GPU alone, which takes 8-bit states in units of its own: kernels/rules/adam.cuh.
+    c[9] = ((1.0 - h[BETA2]).sqrt() * sign * step.grad_scale) as f32;
     c[11] = (h[BETA1] / unit) as f32;
     c[12] = h[BETA2].sqrt() as f32;
     c[13] = unit as f32;
-    c[14] = (-bias1 / (h[LR] * bias2.sqrt()) / unit).max(-most) as f32;
-    c[15] = if h[EPS] == 0.0 { 0.0 } else { (-bias1 / h[LR] * h[EPS] / unit).max(-most) as f32 };
+    c[14] = (of_root / unit).max(-most) as f32;
+    c[15] = (of_eps / unit).max(-most) as f32;
     c
 }
 
 #[inline(always)]
 fn update(flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
-    let [negative_step, coupled, shrink, intake1, beta2, intake2, root_bias2, eps, ..] = *c;
-    let g = g + coupled * *w;
-    let m = s[0] + intake1 * (g - s[0]);
-    let v = beta2 * s[1] + intake2 * g * g;
-    s[0] = m;
-    s[1] = v;
-    let mut square = v;
+    let [_, coupled, shrink, intake1, beta2, root_intake2, _, _, of_root, _, of_eps, ..] = *c;
+    let g = coupled.mul_add(*w, g);
+    let intake = g * root_intake2;
+    s[0] = intake1.mul_add(g - s[0], s[0]);
+    s[1] = intake.mul_add(intake, beta2 * s[1]);
+    let mut square = s[1];
     if flags & AMSGRAD != 0 {
-        square = s[2].max(v);
-        s[2] = square;
+        s[2] = s[2].max(square);
+        square = s[2];
     }
-    *w = *w * shrink + negative_step * m / (square.sqrt() / root_bias2 + eps);
+    *w = (*w).mul_add(shrink, s[0] / square.sqrt().mul_add(of_root, of_eps));
 }
 
 impl Rule for Adam {

@@ -44,16 +44,9 @@ impl Rule for Lion {
     fn update(_flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
         let [lr, shrink, beta1, intake1, beta2, intake2, ..] = *c;
         let m = s[0];
-        let u = beta1 * m + intake1 * g;
-        // signum(0) is 1 in Rust; the paper's sign(0) is 0.
-        let sign = if u > 0.0 {
-            1.0
-        } else if u < 0.0 {
-            -1.0
-        } else {
-            0.0
-        };
-        *w = *w * shrink - lr * sign;
-        s[0] = beta2 * m + intake2 * g;
+        let u = beta1.mul_add(m, intake1 * g);
+        // The paper's sign(0) is 0.
+        *w = *w * shrink - if u == 0.0 { 0.0 } else { lr.copysign(u) };
+        s[0] = beta2.mul_add(m, intake2 * g);
     }
 }

@@ -45,12 +45,14 @@ impl Rule for Sgd {
     }
 
     #[inline(always)]
-    fn update(_flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
-        let [lr, decay, carry, intake, mu, nesterov, ..] = *c;
-        let g = g + decay * *w;
-        let buffer = carry * s[0] + intake * g;
-        s[0] = buffer;
-        let direction = if nesterov != 0.0 { g + mu * buffer } else { buffer };
-        *w += -lr * direction;
+    fn update(flags: u32, c: &Constants, g: f32, w: &mut f32, s: &mut [f32; MAX_STATES]) {
+        let [lr, decay, carry, intake, mu, ..] = *c;
+        let g = decay.mul_add(*w, g);
+        let mut direction = g;
+        if flags & MOMENTUM != 0 {
+            s[0] = carry.mul_add(s[0], intake * g);
+            direction = if flags & NESTEROV != 0 { mu.mul_add(s[0], g) } else { s[0] };
+        }
+        *w = (-lr).mul_add(direction, *w);
     }
 }

@@ -1,18 +1,16 @@
-//! Matrix products on one thread, by the `matrixmultiply` crate, with a pinned order of summation.
-//!
-//! The summed dimension is cut into chunks of [`CHUNK`], counted from the start of a segment; each
-//! element is summed in order within a chunk, and chunks are added in order. That order depends on
-//! nothing else, so tiles, shards and schedules give the same bits. (`matrixmultiply` sums each
-//! element with one accumulator within a depth block of its own, which is 256 as well, and treats
-//! edges with the same kernel; `tests/exactness.rs` pins both.)
+//! Matrix products of a tile on one thread, in fp32: operands are converted a chunk of terms at a time, and
+//! every element is one chain of fused multiply-adds in the order of its terms ([`super::sgemm`]), through
+//! all segments. That order depends on nothing else, so tiles, shards and schedules give the same bits,
+//! and so does a GPU with fp32 factors.
 
 use super::super::{Accumulator, Factors, Matrix, Shard};
 use super::scratch::Scratch;
+use super::sgemm::sgemm;
 use super::tile::Tile;
 use crate::format::{Dtype, load_factor};
 
-/// Terms of a sum that share one accumulator.
-pub const CHUNK: usize = 256;
+/// Terms that are converted at once.
+const CHUNK: usize = 256;
 
 /// An operand in fp32: element `(i, k)` is at `i * row + k * depth` (in elements).
 #[derive(Clone, Copy)]
@@ -25,46 +23,11 @@ pub struct Operand {
     pub depth: usize,
 }
 
-/// Terms to give to one [`add_product`]: operands that are fp32 already go in one call, which sums
-/// chunk by chunk itself (and packs with less overhead); others are converted a
+/// Terms to give to one [`sgemm`]: operands that are fp32 already go in one call, others are converted a
 /// chunk at a time.
 pub fn terms_per_call(dtypes: &[Dtype], total: usize) -> usize {
     let in_place = dtypes.iter().all(|d| *d == Dtype::F32);
     if in_place { total.max(1) } else { CHUNK }
-}
-
-/// `c[m, n] += a · bᵀ` over `depth` terms; `c` row-major with `c_stride`.
-///
-/// # Safety
-/// The operands and `c` are valid for these sizes and strides.
-pub unsafe fn add_product(
-    m: usize,
-    n: usize,
-    depth: usize,
-    a: Operand,
-    b: Operand,
-    c: *mut f32,
-    c_stride: usize,
-) {
-    // SAFETY: as promised by the caller; sgemm reads m·depth and depth·n elements, writes m·n.
-    unsafe {
-        matrixmultiply::sgemm(
-            m,
-            depth,
-            n,
-            1.0,
-            a.data,
-            a.row as isize,
-            a.depth as isize,
-            b.data,
-            b.depth as isize,
-            b.row as isize,
-            1.0,
-            c,
-            c_stride as isize,
-            1,
-        );
-    }
 }
 
 /// Rows `first..first+rows` and `cols` columns from `col` of a matrix as fp32, row-major: in place
@@ -132,7 +95,7 @@ pub unsafe fn wgrad_tile(
                     rows_as_f32(dtype, segment.x, first, depth, tile.col, tile.cols, right);
                 let dy = Operand { data: dy, row: 1, depth: dy_stride };
                 let x = Operand { data: x, row: 1, depth: x_stride };
-                add_product(tile.rows, tile.cols, depth, dy, x, out.as_mut_ptr(), tile.cols);
+                sgemm([tile.rows, tile.cols, depth], dy, x, out.as_mut_ptr(), tile.cols);
             }
         }
     }
@@ -166,7 +129,7 @@ pub unsafe fn add_dgrad_tile(
                 rows_as_f32(weight_dtype, weight, first, depth, tile.col, tile.cols, converted.1);
             let dy = Operand { data: dy, row: dy_stride, depth: 1 };
             let w = Operand { data: w, row: 1, depth: w_stride };
-            add_product(tile.rows, tile.cols, depth, dy, w, out, out_stride);
+            sgemm([tile.rows, tile.cols, depth], dy, w, out, out_stride);
         }
     }
 }

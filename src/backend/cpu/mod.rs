@@ -6,11 +6,11 @@ mod image;
 pub(crate) mod isa;
 mod norm;
 mod scratch;
+mod sgemm;
 mod tile;
 mod update;
 mod user;
 
-pub use gemm::CHUNK;
 pub use tile::{Grid, Tile};
 
 use super::{

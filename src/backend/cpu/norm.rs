@@ -1,8 +1,9 @@
 //! `‖dW‖²` from Gram matrices: `‖dYᵀX‖² = Σ_ab (XXᵀ)_ab (dYdYᵀ)_ab`, block by block of tokens.
 
 use super::super::{Factors, Matrix, Shard};
-use super::gemm::{Operand, add_product, rows_as_f32, terms_per_call};
+use super::gemm::{Operand, rows_as_f32, terms_per_call};
 use super::scratch::Scratch;
+use super::sgemm::sgemm;
 use crate::format::Dtype;
 
 /// Tokens of a block of the Gram matrices.
@@ -90,7 +91,7 @@ pub unsafe fn pair(
                     rows_as_f32(dtype, right_m, b.first, b.tokens, first, depth, right);
                 let p = Operand { data: p, row: p_stride, depth: 1 };
                 let q = Operand { data: q, row: q_stride, depth: 1 };
-                add_product(a.tokens, b.tokens, depth, p, q, out.as_mut_ptr(), b.tokens);
+                sgemm([a.tokens, b.tokens, depth], p, q, out.as_mut_ptr(), b.tokens);
             }
         }
     };
