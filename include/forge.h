@@ -94,6 +94,8 @@ enum forge_status
   FORGE_ERROR_DEVICE = 402,
   // A kernel cannot be compiled, or there is no compiler (NVRTC).
   FORGE_ERROR_COMPILE = 403,
+  // The directory of compiled kernels cannot be written, where that is what was asked for.
+  FORGE_ERROR_CACHE = 404,
   // A bug in FORGE: a panic was caught at the C boundary.
   FORGE_ERROR_PANIC = 900,
 };
@@ -634,6 +636,54 @@ typedef struct {
   uint32_t reserved;
 } forge_norm;
 
+// Is told of each kernel that forge_warm or forge_context_warm has made ready: `what` names it (valid
+// during the call), `compiled` is 1 where it was compiled in `seconds` and 0 where it was there. Called
+// by one thread at a time, not always by the one that called FORGE.
+typedef void (*forge_warm_callback)(void *user, const char *what, uint32_t compiled, double seconds);
+
+// What to compile ahead of time, for forge_warm and forge_context_warm.
+typedef struct {
+  // sizeof(forge_warm_config).
+  uint32_t struct_size;
+  // Multiprocessors of the GPUs, which decide on tiles; 0: as most GPUs of the architecture have (132
+  // for sm_90a, an H100 or H200 SXM).
+  uint32_t sm_count;
+  // "sm_80", "sm_90a" and their like.
+  const char *architecture;
+  // As in forge_context_config. It is an error if it is refused or cannot be written.
+  const char *cache_dir;
+  // The linear, as for forge_linear_new. out_features and in_features both 0: any shape.
+  const forge_linear_config *linear;
+  // Ranks that share out W, if `linear->parallel` says that they do; 0: one. Shards of all of them are
+  // compiled for.
+  uint32_t ranks;
+  // Segments that an update or a norm will sum; 0: any number. One segment is always compiled for.
+  uint32_t micro_batches;
+  // Tokens of a micro-batch, after gathering; 0: any number.
+  uint64_t tokens;
+  // 1: `device_scalars` will be used as well (captured graphs).
+  uint32_t device_scalars;
+  // Threads that compile; 0: one for each core that the process may use.
+  uint32_t threads;
+  // Told of each kernel, or NULL.
+  forge_warm_callback progress;
+  // First argument of `progress`.
+  void *user;
+} forge_warm_config;
+
+// What forge_warm did.
+typedef struct {
+  // sizeof(forge_warm_report).
+  uint32_t struct_size;
+  // The version of NVRTC, 1000 · major + 10 · minor: a run finds the kernels with this version only. 0 on
+  // the CPU.
+  uint32_t nvrtc;
+  // Kernels that were compiled.
+  uint64_t compiled;
+  // Kernels that were there.
+  uint64_t present;
+} forge_warm_report;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -891,6 +941,35 @@ forge_status forge_linear_import_state(const forge_linear *linear,
                                        uint32_t index,
                                        forge_const_buffer fp32,
                                        void *stream);
+
+// Compiles the kernels that a linear will need into a directory, for a GPU that need not be here: on a
+// login node, for an air-gapped cluster. `config->architecture` must be set. What is there already is
+// left; what is damaged is made again. Several processes may fill one directory at once.
+//
+// A run finds what it needs if it has the same version of this library and of NVRTC (`out->nvrtc`)
+// and is given the same directory or a copy of it. What the description leaves open (features, tokens
+// or micro-batches of 0) is compiled for all of its values.
+//
+// Errors: FORGE_ERROR_COMPILE (no NVRTC, or one that does not know the architecture),
+// FORGE_ERROR_CACHE (a directory that is refused or cannot be written, a full disk),
+// FORGE_ERROR_UNSUPPORTED (no such architecture, or one below sm_80), those of forge_linear_new.
+//
+// # Safety
+// `config` points to a struct of its `struct_size` whose strings are NULL or NUL-terminated and whose
+// `linear` points to a struct of its `struct_size`; `progress` may be called with `user` during the
+// call; `out` points to a struct of its `struct_size`.
+forge_status forge_warm(const forge_warm_config *config,
+                        forge_warm_report *out);
+
+// As forge_warm, for the context's own GPU and into its cache directory: before the first step, so that
+// this does not wait for a compiler. `config->architecture` and `cache_dir` must be NULL and `sm_count`
+// 0, the context has its own. On the CPU there is nothing to compile and the report is zeros.
+//
+// # Safety
+// `context` is live; otherwise as forge_warm.
+forge_status forge_context_warm(forge_context *context,
+                                const forge_warm_config *config,
+                                forge_warm_report *out);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -52,6 +52,8 @@ pub enum forge_status {
     FORGE_ERROR_DEVICE = 402,
     /// A kernel cannot be compiled, or there is no compiler (NVRTC).
     FORGE_ERROR_COMPILE = 403,
+    /// The directory of compiled kernels cannot be written, where that is what was asked for.
+    FORGE_ERROR_CACHE = 404,
     /// A bug in FORGE: a panic was caught at the C boundary.
     FORGE_ERROR_PANIC = 900,
 }
@@ -83,6 +85,7 @@ impl forge_status {
         S::FORGE_ERROR_THREADS,
         S::FORGE_ERROR_DEVICE,
         S::FORGE_ERROR_COMPILE,
+        S::FORGE_ERROR_CACHE,
         S::FORGE_ERROR_PANIC,
     ];
 
@@ -111,6 +114,7 @@ impl forge_status {
             S::FORGE_ERROR_THREADS => c"FORGE_ERROR_THREADS",
             S::FORGE_ERROR_DEVICE => c"FORGE_ERROR_DEVICE",
             S::FORGE_ERROR_COMPILE => c"FORGE_ERROR_COMPILE",
+            S::FORGE_ERROR_CACHE => c"FORGE_ERROR_CACHE",
             S::FORGE_ERROR_PANIC => c"FORGE_ERROR_PANIC",
         }
     }

@@ -36,7 +36,7 @@ fn cpu(config: &forge_context_config) -> Result<Cpu> {
 
 /// # Safety
 /// `text` is NULL or NUL-terminated.
-unsafe fn path(name: &str, text: *const c_char) -> Result<Option<PathBuf>> {
+pub(super) unsafe fn path(name: &str, text: *const c_char) -> Result<Option<PathBuf>> {
     if text.is_null() {
         return Ok(None);
     }

@@ -22,7 +22,7 @@ pub struct forge_linear {
     pub(super) layout: Layout,
 }
 
-fn flag(name: &str, value: u32) -> Result<bool> {
+pub(super) fn flag(name: &str, value: u32) -> Result<bool> {
     match value {
         0 => Ok(false),
         1 => Ok(true),
@@ -32,7 +32,7 @@ fn flag(name: &str, value: u32) -> Result<bool> {
 
 /// # Safety
 /// `config.rule` is NULL or NUL-terminated.
-unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
+pub(super) unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
     // SAFETY: as promised by the caller.
     let rule = unsafe { super::rule::find(config.rule)? };
     rule::check_flags(rule, config.rule_flags)?;

@@ -1,7 +1,7 @@
 //! The kernels' sources, embedded as text: the library needs no file at run time.
 
 /// A translation unit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Source {
     /// Its file name under `kernels/`.
     pub name: &'static str,
