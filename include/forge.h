@@ -636,10 +636,14 @@ typedef struct {
   uint32_t reserved;
 } forge_norm;
 
-// Is told of each kernel that forge_warm or forge_context_warm has made ready: `what` names it (valid
-// during the call), `compiled` is 1 where it was compiled in `seconds` and 0 where it was there. Called
-// by one thread at a time, not always by the one that called FORGE.
-typedef void (*forge_warm_callback)(void *user, const char *what, uint32_t compiled, double seconds);
+// Is told of each kernel that forge_warm or forge_context_warm has made ready: `what` names it and
+// `path` is its file (both valid during the call), `compiled` is 1 where it was compiled, in `seconds`, and 0
+// where it was there. Called by one thread at a time, not always by the one that called FORGE.
+typedef void (*forge_warm_callback)(void *user,
+                                    const char *what,
+                                    const char *path,
+                                    uint32_t compiled,
+                                    double seconds);
 
 // What to compile ahead of time, for forge_warm and forge_context_warm.
 typedef struct {

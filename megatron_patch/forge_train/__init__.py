@@ -45,6 +45,7 @@ from .rules import (
     Rule,
     Signum,
 )
+from .warm import Kernel, Warmed, warm
 from .weights import DenseWeight, FusedWeight
 
 __version__ = version()
@@ -71,6 +72,7 @@ __all__ = [
     "FusedOptimizer",
     "FusedWeight",
     "HostComm",
+    "Kernel",
     "Linear",
     "LinearSpec",
     "Lion",
@@ -82,7 +84,9 @@ __all__ = [
     "Rule",
     "Signum",
     "StepResult",
+    "Warmed",
     "fuse",
     "fused_linear",
     "version",
+    "warm",
 ]

@@ -1,6 +1,7 @@
 //! What to have ready before a run: the calls of a linear, described without their buffers.
 
 use super::{Scheme, Shard};
+use std::path::Path;
 
 /// The calls that will be made of a linear.
 #[derive(Clone)]
@@ -33,6 +34,8 @@ pub struct Warmed {
 pub struct Progress<'a> {
     /// What it is.
     pub what: &'a str,
+    /// Its file.
+    pub path: &'a Path,
     /// Whether it had to be compiled.
     pub compiled: bool,
     /// How long that took.

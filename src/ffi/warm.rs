@@ -14,11 +14,17 @@ use std::ffi::{CStr, CString, c_char, c_void};
 /// Ranks whose shards may be asked for: more than any machine has.
 const MOST_RANKS: u32 = 1 << 16;
 
-/// Is told of each kernel that forge_warm or forge_context_warm has made ready: `what` names it (valid
-/// during the call), `compiled` is 1 where it was compiled in `seconds` and 0 where it was there. Called
-/// by one thread at a time, not always by the one that called FORGE.
+/// Is told of each kernel that forge_warm or forge_context_warm has made ready: `what` names it and
+/// `path` is its file (both valid during the call), `compiled` is 1 where it was compiled, in `seconds`, and 0
+/// where it was there. Called by one thread at a time, not always by the one that called FORGE.
 pub type forge_warm_callback = Option<
-    unsafe extern "C" fn(user: *mut c_void, what: *const c_char, compiled: u32, seconds: f64),
+    unsafe extern "C" fn(
+        user: *mut c_void,
+        what: *const c_char,
+        path: *const c_char,
+        compiled: u32,
+        seconds: f64,
+    ),
 >;
 
 /// Compiles the kernels that a linear will need into a directory, for a GPU that need not be here: on a
@@ -184,9 +190,11 @@ fn teller(config: &forge_warm_config) -> Box<Tell<'static>> {
         None => Box::new(|_| {}),
         Some(progress) => Box::new(move |p: Progress| {
             let what = CString::new(p.what).unwrap_or_default();
+            let path = CString::new(p.path.as_os_str().as_encoded_bytes()).unwrap_or_default();
+            let compiled = u32::from(p.compiled);
             // SAFETY: the caller promises a callback that may be called during the call, from any
-            // thread; the string lives as long.
-            unsafe { progress(user.get(), what.as_ptr(), u32::from(p.compiled), p.seconds) }
+            // thread; the strings live as long.
+            unsafe { progress(user.get(), what.as_ptr(), path.as_ptr(), compiled, p.seconds) }
         }),
     }
 }

@@ -115,7 +115,8 @@ impl Cache {
         self.directory.as_ref().ok().map(PathBuf::as_path)
     }
 
-    fn path(&self, key: &str) -> Option<PathBuf> {
+    /// The file of an image, whether it is there or not; None where nothing is kept.
+    pub fn path(&self, key: &str) -> Option<PathBuf> {
         self.directory().map(|directory| entry(directory, key))
     }
 }

@@ -5,6 +5,7 @@ use super::cache::{self, Cache};
 use super::compile::{Nvrtc, options};
 use super::sources::{HEADERS, Source};
 use crate::error::Result;
+use std::path::PathBuf;
 
 /// One image: a source, specialised.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,6 +39,11 @@ impl Images {
     /// The cache's key of an image. The only place that says what it is, for runs and for warming.
     pub fn key(&self, source: Source, defines: &[String]) -> String {
         image_key(&self.nvrtc, source, &options(&self.architecture, defines))
+    }
+
+    /// Where it is kept; None where the cache is not used.
+    pub fn path(&self, source: Source, defines: &[String]) -> Option<PathBuf> {
+        self.cache.path(&self.key(source, defines))
     }
 
     /// The image if it is in the cache, undamaged.

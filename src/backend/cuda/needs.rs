@@ -168,9 +168,14 @@ fn fused_sm90(list: &mut List, target: &Target, work: &Work) {
                         segments,
                     };
                     let what = format!(
-                        "fused {name}, {}×{}, {segments} segments{}{scheme_name}",
+                        "fused {name}, tiles of {}×{}, {}{}{scheme_name}",
                         policy::TILE_ROWS,
                         tile.cols,
+                        if segments == 1 {
+                            "1 segment".into()
+                        } else {
+                            format!("{segments} segments")
+                        },
                         if updates { ", " } else { "" },
                     );
                     list.add(Need::new(sources::WGRAD_SM90, special.defines(scheme), what));

@@ -79,8 +79,9 @@ pub fn warm(images: &Images, needs: &[Need], threads: usize, tell: &mut Tell) ->
                 Ok(was_compiled) => {
                     compiled.fetch_add(u64::from(was_compiled), Ordering::Relaxed);
                     let seconds = begin.elapsed().as_secs_f64();
-                    let progress = Progress { what: &need.what, compiled: was_compiled, seconds };
-                    lock(&tell)(progress);
+                    let path = images.path(need.source, &need.defines).unwrap_or_default();
+                    let (what, path) = (need.what.as_str(), path.as_path());
+                    lock(&tell)(Progress { what, path, compiled: was_compiled, seconds });
                 }
                 Err(error) => {
                     lock(&failure).get_or_insert(error);
