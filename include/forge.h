@@ -82,6 +82,8 @@ enum forge_status
   FORGE_ERROR_STATE_INDEX = 113,
   // The context was lent no workspace; see forge_context_set_workspace.
   FORGE_ERROR_WORKSPACE = 114,
+  // Memory that the backend cannot reach: the host's, where a GPU's is due.
+  FORGE_ERROR_MEMORY = 115,
   // One of the caller's collectives reported failure.
   FORGE_ERROR_COLLECTIVE = 300,
   // Rank and size do not fit each other.

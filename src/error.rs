@@ -40,6 +40,8 @@ pub enum forge_status {
     FORGE_ERROR_STATE_INDEX = 113,
     /// The context was lent no workspace; see forge_context_set_workspace.
     FORGE_ERROR_WORKSPACE = 114,
+    /// Memory that the backend cannot reach: the host's, where a GPU's is due.
+    FORGE_ERROR_MEMORY = 115,
     /// One of the caller's collectives reported failure.
     FORGE_ERROR_COLLECTIVE = 300,
     /// Rank and size do not fit each other.
@@ -79,6 +81,7 @@ impl forge_status {
         S::FORGE_ERROR_SHAPE,
         S::FORGE_ERROR_STATE_INDEX,
         S::FORGE_ERROR_WORKSPACE,
+        S::FORGE_ERROR_MEMORY,
         S::FORGE_ERROR_COLLECTIVE,
         S::FORGE_ERROR_RANK,
         S::FORGE_ERROR_NO_BACKEND,
@@ -108,6 +111,7 @@ impl forge_status {
             S::FORGE_ERROR_SHAPE => c"FORGE_ERROR_SHAPE",
             S::FORGE_ERROR_STATE_INDEX => c"FORGE_ERROR_STATE_INDEX",
             S::FORGE_ERROR_WORKSPACE => c"FORGE_ERROR_WORKSPACE",
+            S::FORGE_ERROR_MEMORY => c"FORGE_ERROR_MEMORY",
             S::FORGE_ERROR_COLLECTIVE => c"FORGE_ERROR_COLLECTIVE",
             S::FORGE_ERROR_RANK => c"FORGE_ERROR_RANK",
             S::FORGE_ERROR_NO_BACKEND => c"FORGE_ERROR_NO_BACKEND",

@@ -242,6 +242,12 @@ pub trait Backend: Send + Sync {
     /// Whether the host can read and write this backend's memory.
     fn memory_is_host(&self) -> bool;
 
+    /// Refuses memory that this backend cannot reach.
+    fn check_memory(&self, name: &str, data: *const u8) -> Result<()> {
+        let _ = (name, data);
+        Ok(())
+    }
+
     /// Makes ready what these calls need, so that the first of them does not wait for it. A backend that
     /// has nothing to compile has nothing to do.
     fn warm(&self, work: &Work, threads: usize, tell: &mut Tell) -> Result<Warmed> {

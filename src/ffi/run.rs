@@ -31,6 +31,7 @@ unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepSour
         step.scalars
     } else {
         check_pointer("step.device_scalars", step.device_scalars)?;
+        linear.backend.check_memory("step.device_scalars", step.device_scalars.cast())?;
         if !linear.backend.memory_is_host() {
             return Ok(StepSource::Device(step.device_scalars.cast()));
         }
@@ -94,7 +95,7 @@ fn check_device_out<T>(check: &mut Checker, name: &str, out: *mut T) -> Result<(
 unsafe fn check_out<T: Sized32>(check: &mut Checker, name: &str, out: *mut T) -> Result<()> {
     // SAFETY: as promised by the caller.
     unsafe { check_out_struct(name, out)? };
-    check.buffer(name, out.cast_const().cast(), size_of::<T>() as u64, Dtype::U8, true)
+    check.range(name, out.cast_const().cast(), size_of::<T>() as u64, Dtype::U8, true)
 }
 
 /// Writes a report to the host, and to the backend's memory where that is the host's as well.

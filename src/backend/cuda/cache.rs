@@ -48,12 +48,11 @@ impl Cache {
     pub fn with_limit(directory: Option<PathBuf>, most_bytes: u64) -> Self {
         let directory = match directory {
             None => Err("no cache: neither FORGE_CACHE_DIR nor HOME is set".to_string()),
-            Some(directory) => prepare(&directory).map_err(|why| {
-                format!("cache {}: not used, kernels are compiled anew: {why}", directory.display())
-            }),
+            Some(directory) => prepare(&directory)
+                .map_err(|why| format!("cache {}: not used: {why}", directory.display())),
         };
         if let Err(why) = &directory {
-            tracing::warn!(target: "forge", "{why}");
+            tracing::warn!(target: "forge", "{why}; kernels are compiled anew by each process");
         }
         Self { directory, most_bytes, has_warned: AtomicBool::new(false) }
     }

@@ -11,6 +11,7 @@ pub mod blas;
 pub mod cache;
 pub mod compile;
 pub mod driver;
+pub mod driver_library;
 pub mod elementwise;
 pub mod exact;
 pub mod gpu;
@@ -242,6 +243,19 @@ impl Backend for Cuda {
 
     fn memory_is_host(&self) -> bool {
         false
+    }
+
+    fn check_memory(&self, name: &str, data: *const u8) -> Result<()> {
+        let properties = self.gpu.properties();
+        if !properties.reads_pageable_memory && !driver::knows(data as DevicePtr) {
+            bail!(
+                FORGE_ERROR_MEMORY,
+                "{name}: {data:p} is no memory of CUDA but the host's, which GPU {} cannot reach; copy it \
+                 to the GPU, or use a context of FORGE_BACKEND_CPU",
+                properties.ordinal
+            );
+        }
+        Ok(())
     }
 
     fn workspace_bytes(&self) -> u64 {
