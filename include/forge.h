@@ -738,7 +738,8 @@ void forge_comm_free(forge_comm *comm);
 // Makes a context. For CUDA it takes the device's primary context, which frameworks use as well. It
 // starts the CPU's threads or loads the driver and NVRTC; no device memory is allocated.
 //
-// Errors: FORGE_ERROR_NO_BACKEND (no driver, no GPU, one too old), FORGE_ERROR_COMPILE (no NVRTC),
+// Errors: FORGE_ERROR_NO_BACKEND (no driver, no GPU, one too old), FORGE_ERROR_COMPILE (no NVRTC, and
+// no cache that forge_warm has filled),
 // FORGE_ERROR_THREADS, FORGE_ERROR_SHAPE (no device of this ordinal, more than 4096 threads). A cache
 // directory that is refused is no error; a log line of level 2 says why.
 //
@@ -1011,8 +1012,8 @@ forge_status forge_linear_import_state(const forge_linear *linear,
 // login node, for an air-gapped cluster. `config->architecture` must be set. What is there already is
 // left; what is damaged is made again. Several processes may fill one directory at once.
 //
-// A run finds what it needs if it has the same version of this library and of NVRTC (`out->nvrtc`)
-// and is given the same directory or a copy of it. What the description leaves open (features, tokens
+// A run finds what it needs if it has the same version of this library, the same version of NVRTC
+// (`out->nvrtc`) or none at all, and is given the same directory or a copy of it. What the description leaves open (features, tokens
 // or micro-batches of 0) is compiled for all of its values.
 //
 // Errors: FORGE_ERROR_COMPILE (no NVRTC, or one that does not know the architecture),

@@ -16,6 +16,7 @@ use forge::ffi::types::*;
 use forge::ffi::warm::*;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -268,6 +269,31 @@ fn warm_and_run() {
     assert!(COMPILED.load(Ordering::Relaxed) > 0);
 }
 
+/// What the test below runs twice: with NVRTC to warm, and without to run.
+#[test]
+#[ignore = "run by a_warmed_cache_needs_no_compiler"]
+fn warm_or_run_without_nvrtc() {
+    use {forge_dtype::*, forge_state_format::*};
+    let linear = config(c"adamw", FORGE_DTYPE_BF16, FORGE_STATE_BF16);
+    if std::env::var_os("FORGE_TEST_WARM").is_some() {
+        let mut warm: forge_warm_config = sized();
+        let cache = CString::new(path("FORGE_TEST_CACHE").to_str().unwrap()).unwrap();
+        (warm.linear, warm.tokens, warm.micro_batches) = (&linear, TOKENS, 1);
+        (warm.architecture, warm.cache_dir) = (c"sm_90a".as_ptr(), cache.as_ptr());
+        let mut report: forge_warm_report = sized();
+        // SAFETY: the structs and what they point to are live.
+        return unsafe { ok(forge_warm(&warm, &mut report)) };
+    }
+    let context = context();
+    Layer::new(context, &linear, 1).all();
+    let other = Layer::new(context, &config(c"lion", FORGE_DTYPE_BF16, FORGE_STATE_F32), 1);
+    assert_eq!(other.update(1, NO_BUFFER), FORGE_ERROR_COMPILE);
+    let message = last_error();
+    for part in ["'lion'", "is not in the cache", "/cache", "FORGE_NVRTC", "forge_train warm"] {
+        assert!(message.contains(part), "no '{part}' in: {message}");
+    }
+}
+
 /// What `memory_that_is_not_the_gpus_is_refused_by_name` runs under the fake libraries.
 #[test]
 #[ignore = "run by memory_that_is_not_the_gpus_is_refused_by_name"]
@@ -365,20 +391,28 @@ fn refuse_without_workspace() {
     }
 }
 
-/// Runs an ignored test under the fake libraries, for a GPU of this capability.
-fn run(test: &str, capability: &str, architecture: &str) {
-    let root = directory(&format!("fake-gpu-{test}-{capability}"));
+/// An ignored test under the fake libraries, for a GPU of this capability.
+fn child(root: &Path, test: &str, capability: &str, architecture: &str) -> Command {
     // Not as libcuda.so.1: NVRTC looks for that name and asks it for what only NVIDIA's has.
-    build(&root, "cuda.c", "libcuda.so", &[]);
-    build(&root, "cublaslt.c", "libcublasLt.so.13", &[]);
-    let mut child = again(test, &[&root]);
+    build(root, "cuda.c", "libcuda.so", &[]);
+    build(root, "cublaslt.c", "libcublasLt.so.13", &[]);
+    let mut child = again(test, &[root]);
     child.env("FAKE_CUDA_CAPABILITY", capability).env("FAKE_CUDA_LOG", root.join("log"));
-    child.env("FORGE_TEST_ARCHITECTURE", architecture).env("FORGE_TEST_CACHE", cache(&root));
-    print!("{}", finish(&mut child));
+    child.env("FORGE_TEST_ARCHITECTURE", architecture).env("FORGE_TEST_CACHE", root.join("cache"));
+    child
 }
 
-fn cache(root: &Path) -> PathBuf {
-    root.join("cache")
+fn run(test: &str, capability: &str, architecture: &str) {
+    let root = directory(&format!("fake-gpu-{test}-{capability}"));
+    print!("{}", finish(&mut child(&root, test, capability, architecture)));
+}
+
+#[test]
+fn a_warmed_cache_needs_no_compiler() {
+    let root = directory("fake-gpu-without-nvrtc");
+    let start = || child(&root, "warm_or_run_without_nvrtc", "90", "sm_90a");
+    finish(start().env("FORGE_TEST_WARM", "1"));
+    finish(start().env("FORGE_NVRTC", "/nowhere/libnvrtc.so.13"));
 }
 
 #[test]

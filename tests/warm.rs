@@ -60,7 +60,9 @@ impl Directory {
 
     fn files(&self) -> BTreeSet<String> {
         let entries = fs::read_dir(&self.0).unwrap();
-        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+        // Beside images there is a note of the compiler.
+        let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| !name.ends_with(".version")).collect()
     }
 
     fn warm(&self, architecture: &str, work: &Work) -> Result<(Warmed, Vec<(String, bool)>)> {

@@ -21,8 +21,8 @@ from .warm import Kernel, warm
 _DESCRIPTION = """\
 Compile the GPU kernels that a run will need, ahead of time and without a GPU: on a login node of a
 cluster whose nodes have no compiler, or once for all ranks. Give the run the same --cache-dir (or
-FORGE_CACHE_DIR), or a copy of it. It finds the kernels if it has the same version of FORGE and of
-NVRTC; both are part of each file's name.
+FORGE_CACHE_DIR), or a copy of it. It finds the kernels if it has the same version of FORGE, and the
+same version of NVRTC or none; both are part of each file's name.
 """
 _EXAMPLES = """\
 examples:

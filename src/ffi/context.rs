@@ -50,7 +50,8 @@ pub(super) unsafe fn path(name: &str, text: *const c_char) -> Result<Option<Path
 /// Makes a context. For CUDA it takes the device's primary context, which frameworks use as well. It
 /// starts the CPU's threads or loads the driver and NVRTC; no device memory is allocated.
 ///
-/// Errors: FORGE_ERROR_NO_BACKEND (no driver, no GPU, one too old), FORGE_ERROR_COMPILE (no NVRTC),
+/// Errors: FORGE_ERROR_NO_BACKEND (no driver, no GPU, one too old), FORGE_ERROR_COMPILE (no NVRTC, and
+/// no cache that forge_warm has filled),
 /// FORGE_ERROR_THREADS, FORGE_ERROR_SHAPE (no device of this ordinal, more than 4096 threads). A cache
 /// directory that is refused is no error; a log line of level 2 says why.
 ///

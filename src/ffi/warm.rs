@@ -31,8 +31,8 @@ pub type forge_warm_callback = Option<
 /// login node, for an air-gapped cluster. `config->architecture` must be set. What is there already is
 /// left; what is damaged is made again. Several processes may fill one directory at once.
 ///
-/// A run finds what it needs if it has the same version of this library and of NVRTC (`out->nvrtc`)
-/// and is given the same directory or a copy of it. What the description leaves open (features, tokens
+/// A run finds what it needs if it has the same version of this library, the same version of NVRTC
+/// (`out->nvrtc`) or none at all, and is given the same directory or a copy of it. What the description leaves open (features, tokens
 /// or micro-batches of 0) is compiled for all of its values.
 ///
 /// Errors: FORGE_ERROR_COMPILE (no NVRTC, or one that does not know the architecture),

@@ -114,6 +114,34 @@ impl Cache {
         self.directory.as_ref().ok().map(PathBuf::as_path)
     }
 
+    /// Leaves a note of the compiler that filled the cache, `nvrtc-13.0.version`: a run without one takes its
+    /// images.
+    pub fn note_compiler(&self, (major, minor): (i32, i32)) {
+        if let Some(directory) = self.directory() {
+            let shared = fs::metadata(directory).map_or(0, |d| d.mode() & 0o044);
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create(true).truncate(false).mode(0o600 | shared);
+            // Where images cannot be written either, that was an error.
+            let _ = options.open(directory.join(format!("nvrtc-{major}.{minor}.version")));
+        }
+    }
+
+    /// The compilers that left a note, the newest first.
+    pub fn compilers(&self) -> Vec<(i32, i32)> {
+        let entries = self.directory().and_then(|d| fs::read_dir(d).ok()).into_iter().flatten();
+        let mut versions: Vec<(i32, i32)> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let version = name.to_str()?.strip_prefix("nvrtc-")?.strip_suffix(".version")?;
+                let (major, minor) = version.split_once('.')?;
+                Some((major.parse().ok()?, minor.parse().ok()?))
+            })
+            .collect();
+        versions.sort_unstable_by(|a, b| b.cmp(a));
+        versions
+    }
+
     /// The file of an image, whether it is there or not; None where nothing is kept.
     pub fn path(&self, key: &str) -> Option<PathBuf> {
         self.directory().map(|directory| entry(directory, key))

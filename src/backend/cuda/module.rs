@@ -42,9 +42,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Modules {
     /// No module yet.
-    pub fn new(device: Arc<Device>, nvrtc: Nvrtc, cache: Cache) -> Self {
+    pub fn new(device: Arc<Device>, nvrtc: Result<Nvrtc>, cache: Cache) -> Result<Self> {
         let architecture = architecture(device.properties.capability);
-        Self { device, images: Images { nvrtc, cache, architecture }, slots: Mutex::default() }
+        let images = Images::new(nvrtc, cache, architecture)?;
+        Ok(Self { device, images, slots: Mutex::default() })
     }
 
     /// The kernel `name` of a source compiled with these defines (`NAME=value`), which may use
@@ -91,7 +92,7 @@ impl Modules {
         }
         let image = self.images.compile(source, defines, what)?;
         let module = load_image(&image)?;
-        self.images.cache.store(&self.images.key(source, defines), &image);
+        self.images.keep_quietly(source, defines, &image);
         let time = begin.elapsed();
         tracing::info!(target: "forge", "{what}: kernels/{} compiled in {time:?}", source.name);
         Ok(Loaded { module, functions: HashMap::new() })

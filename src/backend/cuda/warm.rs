@@ -47,9 +47,9 @@ impl Elsewhere {
         if sm_count != 0 {
             target.sm_count = sm_count;
         }
-        let nvrtc = Nvrtc::load(NEWEST_CUDA)?;
+        let nvrtc = Ok(Nvrtc::load(NEWEST_CUDA)?);
         let architecture = architecture(target.capability);
-        Ok(Self { target, images: Images { nvrtc, cache: Cache::new(cache_dir), architecture } })
+        Ok(Self { target, images: Images::new(nvrtc, Cache::new(cache_dir), architecture)? })
     }
 
     /// Makes ready what the calls need.
@@ -64,6 +64,7 @@ pub fn warm(images: &Images, needs: &[Need], threads: usize, tell: &mut Tell) ->
     if let Some(why) = images.cache.problem() {
         bail!(FORGE_ERROR_CACHE, "{why}");
     }
+    let (major, minor) = images.compiler()?;
     let first = std::process::id() as usize % needs.len().max(1);
     let (next, compiled) = (AtomicUsize::new(0), AtomicU64::new(0));
     let (tell, failure) = (Mutex::new(tell), Mutex::new(None::<Error>));
@@ -98,7 +99,7 @@ pub fn warm(images: &Images, needs: &[Need], threads: usize, tell: &mut Tell) ->
     if let Some(error) = lock(&failure).take() {
         return Err(error);
     }
-    let (major, minor) = images.nvrtc.version;
+    images.cache.note_compiler((major, minor));
     let compiled = compiled.into_inner();
     let compiler = (1000 * major + 10 * minor) as u32;
     Ok(Warmed { compiled, present: needs.len() as u64 - compiled, compiler })
