@@ -52,51 +52,63 @@ enum forge_status
  {
   // Success.
   FORGE_OK = 0,
-  // A pointer that must not be NULL is NULL.
+  // A pointer that must not be NULL is NULL: pass it.
   FORGE_ERROR_NULL = 100,
-  // A pointer is not aligned for what it points to.
+  // A pointer is not aligned for the element or struct that it points to: align it.
   FORGE_ERROR_MISALIGNED = 101,
-  // A buffer's size is not what the shapes and formats need.
+  // A buffer's size is not what the shapes and formats need: ask forge_linear_layout,
+  // forge_linear_workspace or forge_context_workspace_bytes.
   FORGE_ERROR_BUFFER_SIZE = 102,
-  // A size computed from the arguments does not fit 63 bits.
+  // A size computed from the arguments does not fit 63 bits: check the dimensions.
   FORGE_ERROR_OVERFLOW = 103,
-  // A scalar is NaN, infinite or out of range.
+  // A scalar is NaN, infinite or out of the rule's range, or a step is 0: check the step's scalars; skip
+  // the step if the norm is not finite.
   FORGE_ERROR_SCALAR = 104,
-  // An enum's value is not one of this version's.
+  // An enum's value is not one of this version's, or a flag is neither 0 nor 1: the message lists the
+  // known ones.
   FORGE_ERROR_ENUM = 105,
-  // A dimension does not divide by the number of ranks.
+  // Features or, under sequence parallelism, tokens do not divide by the ranks: pad them.
   FORGE_ERROR_SHARD = 106,
-  // A struct's `struct_size` is not one this version knows.
+  // A struct's `struct_size` is not this version's: set it, and build against this library's header.
   FORGE_ERROR_STRUCT_SIZE = 107,
-  // A buffer that is written overlaps another one of the call.
+  // A buffer that is written overlaps another one of the call: separate them.
   FORGE_ERROR_OVERLAP = 108,
-  // No rule of that name, or a flag that it does not take.
+  // No rule of that name, or a flag that it does not take: the message lists what there is.
   FORGE_ERROR_RULE = 109,
-  // Each argument is valid, the combination is not supported.
+  // Each argument is valid, the combination is not supported: the message says which, and what instead.
   FORGE_ERROR_UNSUPPORTED = 110,
-  // The stream is not one of this backend's.
+  // The stream is not one of this backend's: on the CPU it is NULL.
   FORGE_ERROR_STREAM = 111,
-  // A dimension or a stride is out of range.
+  // A dimension, a stride or a device's ordinal is out of range.
   FORGE_ERROR_SHAPE = 112,
-  // The rule has no state of that index.
+  // The rule has no state of that index: see `n_states` of forge_layout.
   FORGE_ERROR_STATE_INDEX = 113,
-  // The context was lent no workspace; see forge_context_set_workspace.
+  // The CUDA context was lent no workspace: call forge_context_set_workspace first.
   FORGE_ERROR_WORKSPACE = 114,
+  // Memory that the backend cannot reach, the host's where a GPU's is due: copy it there.
+  FORGE_ERROR_MEMORY = 115,
   // The CPU function of a user's rule reported failure. Its tile is as it was; others may be updated.
   FORGE_ERROR_RULE_FUNCTION = 200,
-  // One of the caller's collectives reported failure.
+  // One of the caller's collectives reported failure: look there; forge_linear_backward says what has
+  // changed.
   FORGE_ERROR_COLLECTIVE = 300,
-  // Rank and size do not fit each other.
+  // Rank and size do not fit each other: rank is below size, size is at least 1.
   FORGE_ERROR_RANK = 301,
-  // The backend asked for is not to be had here: no driver, no GPU, or too old.
+  // The backend asked for is not to be had here, no driver, no GPU, or one of them too old: the message
+  // says which; or use the CPU.
   FORGE_ERROR_NO_BACKEND = 400,
-  // The thread pool could not be started.
+  // The thread pool could not be started: ask for fewer threads.
   FORGE_ERROR_THREADS = 401,
-  // A call of the GPU's driver or libraries failed; work enqueued before may be lost.
+  // A call of the driver or of cuBLASLt failed, or cuBLASLt is missing; work enqueued before may be lost.
+  // The message has the call and CUDA's text.
   FORGE_ERROR_DEVICE = 402,
-  // A kernel cannot be compiled, or there is no compiler (NVRTC).
+  // NVRTC is missing (`pip install nvidia-cuda-nvrtc`), or does not compile a kernel: the message has its
+  // log.
   FORGE_ERROR_COMPILE = 403,
-  // A bug in FORGE: a panic was caught at the C boundary.
+  // The directory of compiled kernels is refused or cannot be written, in a call that is made to fill it:
+  // the message says why.
+  FORGE_ERROR_CACHE = 404,
+  // A defect of FORGE, a panic that was caught at the C boundary: report it with the message.
   FORGE_ERROR_PANIC = 900,
 };
 #ifndef __cplusplus
@@ -539,8 +551,8 @@ typedef int32_t (*forge_rule_function)(void *user, const forge_rule_tile *tile);
 // `momentum = beta * momentum + g; w -= lr * (momentum + weight_decay * w);`. It finds by name: `g`, the
 // gradient times grad_scale; `w` and the states, to be updated; `step`, from 1, the hyper-parameters and
 // the per-step values, as fp32 constants. `a * b + c` is rounded twice, as written; `fmaf` once. CUDA's
-// mathematical functions are there; of the library `fast_sqrt(x)` and `quotient(a, b)`, which are
-// within 2 ulp and take a fifth of the time. Loops count between numbers,
+// mathematical functions are there; of the library `root(x)` and `quotient(a, b)`, which are IEEE's
+// with fp32 factors and else within 2 ulp and cheaper. Loops count between numbers,
 // `for (int i = 0; i < 8; ++i)`.
 //
 // `cpu_function` does the same on the CPU backend, a tile at a time.
@@ -725,6 +737,58 @@ typedef struct {
   uint32_t reserved;
 } forge_norm;
 
+// Is told of each kernel that forge_warm or forge_context_warm has made ready: `what` names it and
+// `path` is its file (both valid during the call), `compiled` is 1 where it was compiled, in `seconds`, and 0
+// where it was there. Called by one thread at a time, not always by the one that called FORGE.
+typedef void (*forge_warm_callback)(void *user,
+                                    const char *what,
+                                    const char *path,
+                                    uint32_t compiled,
+                                    double seconds);
+
+// What to compile ahead of time, for forge_warm and forge_context_warm.
+typedef struct {
+  // sizeof(forge_warm_config).
+  uint32_t struct_size;
+  // Multiprocessors of the GPUs, which decide on tiles; 0: as most GPUs of the architecture have (132
+  // for sm_90a, an H100 or H200 SXM).
+  uint32_t sm_count;
+  // "sm_80", "sm_90a" and their like.
+  const char *architecture;
+  // As in forge_context_config. It is an error if it is refused or cannot be written.
+  const char *cache_dir;
+  // The linear, as for forge_linear_new. out_features and in_features both 0: any shape.
+  const forge_linear_config *linear;
+  // Ranks that share out W, if `linear->parallel` says that they do; 0: one. Shards of all of them are
+  // compiled for.
+  uint32_t ranks;
+  // Segments that an update or a norm will sum; 0: any number. One segment is always compiled for.
+  uint32_t micro_batches;
+  // Tokens of a micro-batch, after gathering; 0: any number.
+  uint64_t tokens;
+  // 1: `device_scalars` will be used as well (captured graphs).
+  uint32_t device_scalars;
+  // Threads that compile; 0: one for each core that the process may use.
+  uint32_t threads;
+  // Told of each kernel, or NULL.
+  forge_warm_callback progress;
+  // First argument of `progress`.
+  void *user;
+} forge_warm_config;
+
+// What forge_warm did.
+typedef struct {
+  // sizeof(forge_warm_report).
+  uint32_t struct_size;
+  // The version of NVRTC, 1000 · major + 10 · minor: a run finds the kernels with this version only. 0 on
+  // the CPU.
+  uint32_t nvrtc;
+  // Kernels that were compiled.
+  uint64_t compiled;
+  // Kernels that were there.
+  uint64_t present;
+} forge_warm_report;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -735,14 +799,17 @@ uint32_t forge_abi_version(void);
 // The library's version, as `major.minor.patch`. Static.
 const char *forge_version(void);
 
-// The communicator of a single rank.
+// The communicator of a single rank, for linears that are not shared out.
 //
 // # Safety
 // `context` is a live context, `out_comm` points to a pointer.
 forge_status forge_comm_new_solo(forge_context *context, forge_comm **out_comm);
 
 // Rank `rank` of `size`, with the caller's own collectives. The callbacks are copied and must stay
-// callable until the communicator and all linears made with it are freed.
+// callable until the communicator and all linears made with it are freed. They are
+// given memory of the context's backend.
+//
+// Errors: FORGE_ERROR_RANK (`rank` is not below `size`), FORGE_ERROR_NULL (a callback other than `wait`).
 //
 // # Safety
 // `context` is a live context, `collectives` points to a struct of its `struct_size` whose callbacks
@@ -759,12 +826,19 @@ forge_status forge_comm_new_host(forge_context *context,
 // `comm` is NULL or was made by a forge_comm_new_… function and not freed.
 void forge_comm_free(forge_comm *comm);
 
-// Makes a context. For CUDA it takes the device's primary context, which frameworks use as well.
+// Makes a context. For CUDA it takes the device's primary context, which frameworks use as well. It
+// starts the CPU's threads or loads the driver and NVRTC; no device memory is allocated.
+//
+// Errors: FORGE_ERROR_NO_BACKEND (no driver, no GPU, one too old), FORGE_ERROR_COMPILE (no NVRTC, and
+// no cache that forge_warm has filled),
+// FORGE_ERROR_THREADS, FORGE_ERROR_SHAPE (no device of this ordinal, more than 4096 threads). A cache
+// directory that is refused is no error; a log line of level 2 says why.
 //
 // # Safety
 // `config` points to a struct of its `struct_size` whose `cache_dir` is NULL or NUL-terminated,
 // `out_context` to a pointer.
-forge_status forge_context_new(const forge_context_config *config, forge_context **out_context);
+forge_status forge_context_new(const forge_context_config *config,
+                               forge_context **out_context);
 
 // Frees a context; NULL is allowed. Communicators and linears made with it stay valid.
 //
@@ -782,7 +856,10 @@ forge_status forge_context_workspace_bytes(const forge_context *context,
 // Lends the context device memory for its life and that of its linears, or until the next call of
 // this function. It is scratch of the work on a stream, so only one stream at a time may have work of
 // this context in it; what is enqueued already goes on to use the old one. CUDA calls that need it
-// fail without. On the CPU nothing is needed and nothing happens.
+// fail without. On the CPU nothing is needed and nothing happens. `workspace` is aligned to 256 bytes and
+// has at least forge_context_workspace_bytes; some counters in it are cleared at once.
+//
+// Errors: FORGE_ERROR_BUFFER_SIZE, FORGE_ERROR_MISALIGNED, FORGE_ERROR_MEMORY (the host's).
 //
 // # Safety
 // `context` is live; the memory has `workspace.bytes` bytes and nothing else uses it, work that is
@@ -798,10 +875,20 @@ const char *forge_last_error(void);
 const char *forge_status_name(uint32_t status);
 
 // Sends log lines up to `max_level` to `callback`; NULL turns them off. Replaces an earlier one;
-// a call already under way on another thread may still end after this returns.
-forge_status forge_set_log_callback(forge_log_callback callback, void *user, uint32_t max_level);
+// a call already under way on another thread may still end after this returns. `max_level` is 1 (errors)
+// to 5 (traces), or 0: none.
+//
+// Errors: FORGE_ERROR_ENUM (a level above 5).
+forge_status forge_set_log_callback(forge_log_callback callback,
+                                    void *user,
+                                    uint32_t max_level);
 
 // Makes a linear. It keeps what it needs of context and communicator, which may be freed before it.
+// Nothing is allocated that grows with W.
+//
+// Errors: FORGE_ERROR_RULE (no such rule, a flag that it does not take), FORGE_ERROR_ENUM, FORGE_ERROR_SHAPE
+// (features of 0), FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (features that do not divide by the ranks),
+// FORGE_ERROR_UNSUPPORTED (factors of another dtype; sequence parallelism without parallelism).
 //
 // # Safety
 // `context` and `comm` are live, `config` points to a struct of its `struct_size` whose `rule` is
@@ -817,13 +904,18 @@ forge_status forge_linear_new(forge_context *context,
 // `linear` is NULL or was made by forge_linear_new and not freed.
 void forge_linear_free(forge_linear *linear);
 
-// What to allocate for this rank's part of the parameter.
+// What to allocate for this rank's part of the parameter: bytes, rows, columns, dtype and alignment of each
+// array, and which rows and columns of W it is.
 //
 // # Safety
 // `linear` is live, `out` points to a struct of its `struct_size`.
-forge_status forge_linear_layout(const forge_linear *linear, forge_layout *out);
+forge_status forge_linear_layout(const forge_linear *linear,
+                                 forge_layout *out);
 
-// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs.
+// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs: 0 without sequence
+// parallelism. Not the context's workspace.
+//
+// Errors: FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (tokens that do not divide by the ranks).
 //
 // # Safety
 // `linear` is live, `out_bytes` points to a u64.
@@ -832,6 +924,8 @@ forge_status forge_linear_workspace(const forge_linear *linear,
                                     uint64_t *out_bytes);
 
 // Chooses a schedule by predicted bytes, or checks the one asked for, and says why.
+//
+// Errors: FORGE_ERROR_UNSUPPORTED (`immediate` where it is not possible; the message has the way out).
 //
 // # Safety
 // `linear` is live, `request` and `out` point to structs of their `struct_size`.
@@ -842,13 +936,17 @@ forge_status forge_linear_plan(const forge_linear *linear,
 // How many rules there are: those of this build, then those of forge_rule_register.
 uint32_t forge_rule_count(void);
 
-// The rule of this index, with all states that some flags need.
+// The rule of this index, from 0, with all states that some flags need.
+//
+// Errors: FORGE_ERROR_RULE (an index that is not below forge_rule_count).
 //
 // # Safety
 // `out` points to a struct of its `struct_size`.
 forge_status forge_rule_get(uint32_t index, forge_rule_info *out);
 
 // The rule of this name, with the states that these flags need.
+//
+// Errors: FORGE_ERROR_RULE (no such rule, a flag that it does not take).
 //
 // # Safety
 // `name` is NUL-terminated, `out` points to a struct of its `struct_size`.
@@ -867,7 +965,10 @@ forge_status forge_rule_register(const forge_rule_definition *definition);
 // The gradient norm and what to multiply gradients by: `norm = grad_scale · √sum_of_squares`,
 // `coefficient = grad_scale · min(1, max_norm / (norm + 1e-6))`, as torch's clip_grad_norm_ and
 // Megatron-LM have it. `max_norm <= 0`: no clipping. A sum that is not finite gives that norm and a
-// coefficient of 0: skip the step.
+// coefficient of 0: skip the step. `sum_of_squares` is the sum over all layers and ranks, `grad_scale` what
+// gradients are multiplied by anyway (an inverse loss scale, or 1).
+//
+// Errors: FORGE_ERROR_SCALAR (a negative sum, a scale that is not finite, a `max_norm` of NaN).
 //
 // # Safety
 // `out_norm` and `out_coefficient` point to doubles.
@@ -878,16 +979,26 @@ forge_status forge_clip_coefficient(double sum_of_squares,
                                     double *out_coefficient);
 
 // Checks the scalars of a step against the rule's ranges and does nothing else: before the first of
-// many updates, so that a bad scalar is found while no weight has moved.
+// many updates, so that a bad scalar is found while no weight has moved. Of CUDA's `device_scalars` only the
+// address is checked.
+//
+// Errors: FORGE_ERROR_SCALAR.
 //
 // # Safety
 // `linear` is live, `step` points to a struct of its `struct_size`.
-forge_status forge_linear_check_step(const forge_linear *linear, const forge_step *step);
+forge_status forge_linear_check_step(const forge_linear *linear,
+                                     const forge_step *step);
 
 // A whole backward: communication, dX, dbias, and what the mode says of dW. dX is computed with W as
 // it was before the update. If a collective fails before the update, W is unchanged; a failure of
 // the last wait is reported after it. `report` may be NULL; where it is not, CUDA waits for the
 // stream (`backward->device_report` needs no wait).
+//
+// Written: `dx`, `dbias`, `workspace`, and by mode weight, `weight_extra`, states and scales (UPDATE) or
+// `accumulator` (ACCUMULATE).
+//
+// Errors: FORGE_ERROR_COLLECTIVE; for CUDA FORGE_ERROR_DEVICE, FORGE_ERROR_COMPILE, FORGE_ERROR_WORKSPACE; those
+// of the 1xx band about the argument that the message names, before anything is written.
 //
 // # Safety
 // `linear` is live, structs have their `struct_size`, buffers have the sizes that they say.
@@ -896,7 +1007,8 @@ forge_status forge_linear_backward(forge_linear *linear,
                                    forge_report *report,
                                    void *stream);
 
-// `dx = dy · W`, without communication: dx [tokens, in_local] contiguous.
+// `dx = dy · W`, without communication: dy [tokens, out_local] with rows `dy_stride` elements apart (0:
+// contiguous), dx [tokens, in_local] contiguous, both of factor_dtype. Of `parameter` only `weight` is read.
 //
 // # Safety
 // As forge_linear_backward.
@@ -909,7 +1021,10 @@ forge_status forge_linear_dgrad(forge_linear *linear,
                                 void *stream);
 
 // The fused update over the tokens of all segments. `report` may be NULL; where it is not, CUDA waits
-// for the stream (`update->device_report` needs no wait).
+// for the stream (`update->device_report` needs no wait). Tiles whose gradient is not finite are left as
+// they were and counted.
+//
+// Written: weight, `weight_extra`, states and scales of `update->parameter`.
 //
 // # Safety
 // As forge_linear_backward.
@@ -918,7 +1033,8 @@ forge_status forge_linear_update(forge_linear *linear,
                                  forge_report *report,
                                  void *stream);
 
-// `accumulator += Σ dYᵀX` over all segments; fp32 [out_local, in_local].
+// `accumulator += Σ dYᵀX` over all segments; fp32 [out_local, in_local]. The caller zeroes it before a step's
+// first micro-batch.
 //
 // # Safety
 // As forge_linear_backward.
@@ -992,6 +1108,35 @@ forge_status forge_linear_import_state(const forge_linear *linear,
                                        uint32_t index,
                                        forge_const_buffer fp32,
                                        void *stream);
+
+// Compiles the kernels that a linear will need into a directory, for a GPU that need not be here: on a
+// login node, for an air-gapped cluster. `config->architecture` must be set. What is there already is
+// left; what is damaged is made again. Several processes may fill one directory at once.
+//
+// A run finds what it needs if it has the same version of this library, the same version of NVRTC
+// (`out->nvrtc`) or none at all, and is given the same directory or a copy of it. What the description leaves open (features, tokens
+// or micro-batches of 0) is compiled for all of its values.
+//
+// Errors: FORGE_ERROR_COMPILE (no NVRTC, or one that does not know the architecture),
+// FORGE_ERROR_CACHE (a directory that is refused or cannot be written, a full disk),
+// FORGE_ERROR_UNSUPPORTED (no such architecture, or one below sm_80), those of forge_linear_new.
+//
+// # Safety
+// `config` points to a struct of its `struct_size` whose strings are NULL or NUL-terminated and whose
+// `linear` points to a struct of its `struct_size`; `progress` may be called with `user` during the
+// call; `out` points to a struct of its `struct_size`.
+forge_status forge_warm(const forge_warm_config *config,
+                        forge_warm_report *out);
+
+// As forge_warm, for the context's own GPU and into its cache directory: before the first step, so that
+// this does not wait for a compiler. `config->architecture` and `cache_dir` must be NULL and `sm_count`
+// 0, the context has its own. On the CPU there is nothing to compile and the report is zeros.
+//
+// # Safety
+// `context` is live; otherwise as forge_warm.
+forge_status forge_context_warm(forge_context *context,
+                                const forge_warm_config *config,
+                                forge_warm_report *out);
 
 #ifdef __cplusplus
 }  // extern "C"

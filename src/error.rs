@@ -10,51 +10,63 @@
 pub enum forge_status {
     /// Success.
     FORGE_OK = 0,
-    /// A pointer that must not be NULL is NULL.
+    /// A pointer that must not be NULL is NULL: pass it.
     FORGE_ERROR_NULL = 100,
-    /// A pointer is not aligned for what it points to.
+    /// A pointer is not aligned for the element or struct that it points to: align it.
     FORGE_ERROR_MISALIGNED = 101,
-    /// A buffer's size is not what the shapes and formats need.
+    /// A buffer's size is not what the shapes and formats need: ask forge_linear_layout,
+    /// forge_linear_workspace or forge_context_workspace_bytes.
     FORGE_ERROR_BUFFER_SIZE = 102,
-    /// A size computed from the arguments does not fit 63 bits.
+    /// A size computed from the arguments does not fit 63 bits: check the dimensions.
     FORGE_ERROR_OVERFLOW = 103,
-    /// A scalar is NaN, infinite or out of range.
+    /// A scalar is NaN, infinite or out of the rule's range, or a step is 0: check the step's scalars; skip
+    /// the step if the norm is not finite.
     FORGE_ERROR_SCALAR = 104,
-    /// An enum's value is not one of this version's.
+    /// An enum's value is not one of this version's, or a flag is neither 0 nor 1: the message lists the
+    /// known ones.
     FORGE_ERROR_ENUM = 105,
-    /// A dimension does not divide by the number of ranks.
+    /// Features or, under sequence parallelism, tokens do not divide by the ranks: pad them.
     FORGE_ERROR_SHARD = 106,
-    /// A struct's `struct_size` is not one this version knows.
+    /// A struct's `struct_size` is not this version's: set it, and build against this library's header.
     FORGE_ERROR_STRUCT_SIZE = 107,
-    /// A buffer that is written overlaps another one of the call.
+    /// A buffer that is written overlaps another one of the call: separate them.
     FORGE_ERROR_OVERLAP = 108,
-    /// No rule of that name, or a flag that it does not take.
+    /// No rule of that name, or a flag that it does not take: the message lists what there is.
     FORGE_ERROR_RULE = 109,
-    /// Each argument is valid, the combination is not supported.
+    /// Each argument is valid, the combination is not supported: the message says which, and what instead.
     FORGE_ERROR_UNSUPPORTED = 110,
-    /// The stream is not one of this backend's.
+    /// The stream is not one of this backend's: on the CPU it is NULL.
     FORGE_ERROR_STREAM = 111,
-    /// A dimension or a stride is out of range.
+    /// A dimension, a stride or a device's ordinal is out of range.
     FORGE_ERROR_SHAPE = 112,
-    /// The rule has no state of that index.
+    /// The rule has no state of that index: see `n_states` of forge_layout.
     FORGE_ERROR_STATE_INDEX = 113,
-    /// The context was lent no workspace; see forge_context_set_workspace.
+    /// The CUDA context was lent no workspace: call forge_context_set_workspace first.
     FORGE_ERROR_WORKSPACE = 114,
+    /// Memory that the backend cannot reach, the host's where a GPU's is due: copy it there.
+    FORGE_ERROR_MEMORY = 115,
     /// The CPU function of a user's rule reported failure. Its tile is as it was; others may be updated.
     FORGE_ERROR_RULE_FUNCTION = 200,
-    /// One of the caller's collectives reported failure.
+    /// One of the caller's collectives reported failure: look there; forge_linear_backward says what has
+    /// changed.
     FORGE_ERROR_COLLECTIVE = 300,
-    /// Rank and size do not fit each other.
+    /// Rank and size do not fit each other: rank is below size, size is at least 1.
     FORGE_ERROR_RANK = 301,
-    /// The backend asked for is not to be had here: no driver, no GPU, or too old.
+    /// The backend asked for is not to be had here, no driver, no GPU, or one of them too old: the message
+    /// says which; or use the CPU.
     FORGE_ERROR_NO_BACKEND = 400,
-    /// The thread pool could not be started.
+    /// The thread pool could not be started: ask for fewer threads.
     FORGE_ERROR_THREADS = 401,
-    /// A call of the GPU's driver or libraries failed; work enqueued before may be lost.
+    /// A call of the driver or of cuBLASLt failed, or cuBLASLt is missing; work enqueued before may be lost.
+    /// The message has the call and CUDA's text.
     FORGE_ERROR_DEVICE = 402,
-    /// A kernel cannot be compiled, or there is no compiler (NVRTC).
+    /// NVRTC is missing (`pip install nvidia-cuda-nvrtc`), or does not compile a kernel: the message has its
+    /// log.
     FORGE_ERROR_COMPILE = 403,
-    /// A bug in FORGE: a panic was caught at the C boundary.
+    /// The directory of compiled kernels is refused or cannot be written, in a call that is made to fill it:
+    /// the message says why.
+    FORGE_ERROR_CACHE = 404,
+    /// A defect of FORGE, a panic that was caught at the C boundary: report it with the message.
     FORGE_ERROR_PANIC = 900,
 }
 
@@ -79,6 +91,7 @@ impl forge_status {
         S::FORGE_ERROR_SHAPE,
         S::FORGE_ERROR_STATE_INDEX,
         S::FORGE_ERROR_WORKSPACE,
+        S::FORGE_ERROR_MEMORY,
         S::FORGE_ERROR_RULE_FUNCTION,
         S::FORGE_ERROR_COLLECTIVE,
         S::FORGE_ERROR_RANK,
@@ -86,6 +99,7 @@ impl forge_status {
         S::FORGE_ERROR_THREADS,
         S::FORGE_ERROR_DEVICE,
         S::FORGE_ERROR_COMPILE,
+        S::FORGE_ERROR_CACHE,
         S::FORGE_ERROR_PANIC,
     ];
 
@@ -108,6 +122,7 @@ impl forge_status {
             S::FORGE_ERROR_SHAPE => c"FORGE_ERROR_SHAPE",
             S::FORGE_ERROR_STATE_INDEX => c"FORGE_ERROR_STATE_INDEX",
             S::FORGE_ERROR_WORKSPACE => c"FORGE_ERROR_WORKSPACE",
+            S::FORGE_ERROR_MEMORY => c"FORGE_ERROR_MEMORY",
             S::FORGE_ERROR_RULE_FUNCTION => c"FORGE_ERROR_RULE_FUNCTION",
             S::FORGE_ERROR_COLLECTIVE => c"FORGE_ERROR_COLLECTIVE",
             S::FORGE_ERROR_RANK => c"FORGE_ERROR_RANK",
@@ -115,6 +130,7 @@ impl forge_status {
             S::FORGE_ERROR_THREADS => c"FORGE_ERROR_THREADS",
             S::FORGE_ERROR_DEVICE => c"FORGE_ERROR_DEVICE",
             S::FORGE_ERROR_COMPILE => c"FORGE_ERROR_COMPILE",
+            S::FORGE_ERROR_CACHE => c"FORGE_ERROR_CACHE",
             S::FORGE_ERROR_PANIC => c"FORGE_ERROR_PANIC",
         }
     }

@@ -47,6 +47,7 @@ from .rules import (
     Signum,
 )
 from .user_rule import UserRule
+from .warm import Kernel, Warmed, warm
 from .weights import DenseWeight, FusedWeight
 
 __version__ = version()
@@ -74,6 +75,7 @@ __all__ = [
     "FusedOptimizer",
     "FusedWeight",
     "HostComm",
+    "Kernel",
     "Linear",
     "LinearSpec",
     "Lion",
@@ -86,7 +88,9 @@ __all__ = [
     "Signum",
     "StepResult",
     "UserRule",
+    "Warmed",
     "fuse",
     "fused_linear",
     "version",
+    "warm",
 ]

@@ -22,10 +22,12 @@ def _directories() -> list[Path]:
     """Where the wheels of torch's own CUDA version put libraries."""
     spec = find_spec("nvidia")
     major = (torch.version.cuda or "").partition(".")[0]
-    # One directory for all (CUDA 13), or one for each library (CUDA 12).
-    below = (f"cu{major}/lib", "cuda_nvrtc/lib", "cublas/lib")
     roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
-    return [root / path for root in roots for path in below]
+    # One directory for all (CUDA 13), or one for each library (CUDA 12). A torch without CUDA has
+    # no version, and NVRTC beside it was installed by hand, to warm a cache: the newest.
+    below = [f"cu{major}/lib"] if major else ["cu[1-9]*/lib"]
+    below += ["cuda_nvrtc/lib", "cublas/lib"]
+    return [found for root in roots for path in below for found in sorted(root.glob(path))[::-1]]
 
 
 @cache

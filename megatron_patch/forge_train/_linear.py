@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ._comm import Comm
+from ._config import linear_config
 from ._context import Context, canonical, default_context
 from ._lib import check, ffi, lib, new_struct, text
 from ._structs import (
@@ -20,14 +21,10 @@ from ._structs import (
     step_struct,
     struct_at,
 )
-from ._tensors import FORGE_DTYPE, as_factor, fill_buffer, fill_matrix, require_device
+from ._tensors import as_factor, fill_buffer, fill_matrix, require_device
 from ._types import (
     NORM_METHODS,
-    PARALLEL,
-    ROUNDINGS,
     SCHEDULES,
-    STATE_FORMATS,
-    WEIGHT_FORMATS,
     BackwardResult,
     Layout,
     LinearSpec,
@@ -42,7 +39,6 @@ from ._types import (
 from .rules import hyper_values, rule_flags, rule_info
 
 _NAME_OF_SCHEDULE = {number: name for name, number in SCHEDULES.items()}
-_FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODES = {
     "update": lib.FORGE_BACKWARD_UPDATE,
     "accumulate": lib.FORGE_BACKWARD_ACCUMULATE,
@@ -93,33 +89,13 @@ class Linear:
         self.comm = comm if comm is not None else Comm(self.context)
         self.flags = rule_flags(spec.rule.name, spec.rule.options)
         self.rule = rule_info(spec.rule.name, self.flags)
-        if spec.factor_dtype not in _FACTOR_DTYPES:
-            raise ValueError(
-                f"{name}: factors of {spec.factor_dtype} are not supported; "
-                "use torch.float32, torch.bfloat16 or torch.float16"
-            )
-        formats = spec.formats_of(len(self.rule.state_names))
-        rule_name = ffi.new("char[]", spec.rule.name.encode())
-        config = new_struct("forge_linear_config")
-        config.factor_dtype = FORGE_DTYPE[spec.factor_dtype]
-        config.out_features, config.in_features = spec.out_features, spec.in_features
-        config.parallel = choice(PARALLEL, "parallel", spec.parallel)
-        config.sequence_parallel = spec.sequence_parallel
-        config.reduce_dgrad = spec.reduce_dgrad
-        config.weight_format = choice(WEIGHT_FORMATS, "weight_format", spec.weight_format)
-        config.weight_rounding = choice(ROUNDINGS, "weight_rounding", spec.weight_rounding)
-        config.state_rounding = choice(ROUNDINGS, "state_rounding", spec.state_rounding)
-        for index, state_format in enumerate(formats):
-            config.state_formats[index] = choice(STATE_FORMATS, "state_format", state_format)
-        config.rule_flags = self.flags
-        config.parameter_id = spec.parameter_id
-        config.rule = rule_name
+        config, _rule_name = linear_config(spec, name)
         out = ffi.new("forge_linear **")
         with self.context.current():
             made = lib.forge_linear_new(self.context.handle, self.comm.handle, config, out)
             check(made, name)
         self.handle = ffi.gc(out[0], lib.forge_linear_free)
-        self.state_formats = tuple(formats)
+        self.state_formats = tuple(spec.formats_of(len(self.rule.state_names)))
         self.layout = self._layout()
 
     def _layout(self) -> Layout:

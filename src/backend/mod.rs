@@ -3,12 +3,14 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod warm;
 
 use crate::error::Result;
 use crate::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
 use crate::philox::Noise;
 use crate::rule::{Constants, ErasedRule, MAX_STATES, MAXIMIZE, StepScalars};
 use std::ffi::c_void;
+use warm::{Tell, Warmed, Work};
 
 /// A row-major matrix whose rows are `stride` elements apart.
 #[derive(Clone, Copy, Debug)]
@@ -248,6 +250,19 @@ pub trait Backend: Send + Sync {
 
     /// Whether the host can read and write this backend's memory.
     fn memory_is_host(&self) -> bool;
+
+    /// Refuses memory that this backend cannot reach.
+    fn check_memory(&self, name: &str, data: *const u8) -> Result<()> {
+        let _ = (name, data);
+        Ok(())
+    }
+
+    /// Makes ready what these calls need, so that the first of them does not wait for it. A backend that
+    /// has nothing to compile has nothing to do.
+    fn warm(&self, work: &Work, threads: usize, tell: &mut Tell) -> Result<Warmed> {
+        let _ = (work, threads, tell);
+        Ok(Warmed::default())
+    }
 
     /// Bytes that [`Backend::set_workspace`] wants.
     fn workspace_bytes(&self) -> u64 {

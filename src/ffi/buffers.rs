@@ -28,8 +28,21 @@ impl<'a> Checker<'a> {
         Self { backend, ranges: Vec::new() }
     }
 
-    /// Checks one buffer of `bytes` bytes of `dtype` and remembers it.
+    /// Checks one buffer of `bytes` bytes of `dtype` in the backend's memory and remembers it.
     pub fn buffer(
+        &mut self,
+        name: &str,
+        data: *const u8,
+        bytes: u64,
+        dtype: Dtype,
+        written: bool,
+    ) -> Result<()> {
+        self.range(name, data, bytes, dtype, written)?;
+        if bytes > 0 { self.backend.check_memory(name, data) } else { Ok(()) }
+    }
+
+    /// As [`Checker::buffer`], of memory that may be the host's.
+    pub fn range(
         &mut self,
         name: &str,
         data: *const u8,
@@ -42,7 +55,11 @@ impl<'a> Checker<'a> {
         }
         let alignment = self.backend.alignment(dtype.bytes());
         if !(data as usize).is_multiple_of(alignment) {
-            bail!(FORGE_ERROR_MISALIGNED, "{name}: {data:p} is not aligned to {alignment} bytes");
+            bail!(
+                FORGE_ERROR_MISALIGNED,
+                "{name}: {data:p} is not aligned to {alignment} bytes, its element's size; pass an \
+                 aligned copy"
+            );
         }
         let first = data as usize;
         let Some(last) = usize::try_from(bytes).ok().and_then(|n| first.checked_add(n)) else {

@@ -19,7 +19,7 @@ fn publish(comm: impl Comm + 'static, out_comm: *mut *mut forge_comm) -> Result<
     Ok(())
 }
 
-/// The communicator of a single rank.
+/// The communicator of a single rank, for linears that are not shared out.
 ///
 /// # Safety
 /// `context` is a live context, `out_comm` points to a pointer.
@@ -37,7 +37,10 @@ pub unsafe extern "C" fn forge_comm_new_solo(
 }
 
 /// Rank `rank` of `size`, with the caller's own collectives. The callbacks are copied and must stay
-/// callable until the communicator and all linears made with it are freed.
+/// callable until the communicator and all linears made with it are freed. They are
+/// given memory of the context's backend.
+///
+/// Errors: FORGE_ERROR_RANK (`rank` is not below `size`), FORGE_ERROR_NULL (a callback other than `wait`).
 ///
 /// # Safety
 /// `context` is a live context, `collectives` points to a struct of its `struct_size` whose callbacks

@@ -36,7 +36,7 @@ fn cpu(config: &forge_context_config) -> Result<Cpu> {
 
 /// # Safety
 /// `text` is NULL or NUL-terminated.
-unsafe fn path(name: &str, text: *const c_char) -> Result<Option<PathBuf>> {
+pub(super) unsafe fn path(name: &str, text: *const c_char) -> Result<Option<PathBuf>> {
     if text.is_null() {
         return Ok(None);
     }
@@ -47,7 +47,13 @@ unsafe fn path(name: &str, text: *const c_char) -> Result<Option<PathBuf>> {
     }
 }
 
-/// Makes a context. For CUDA it takes the device's primary context, which frameworks use as well.
+/// Makes a context. For CUDA it takes the device's primary context, which frameworks use as well. It
+/// starts the CPU's threads or loads the driver and NVRTC; no device memory is allocated.
+///
+/// Errors: FORGE_ERROR_NO_BACKEND (no driver, no GPU, one too old), FORGE_ERROR_COMPILE (no NVRTC, and
+/// no cache that forge_warm has filled),
+/// FORGE_ERROR_THREADS, FORGE_ERROR_SHAPE (no device of this ordinal, more than 4096 threads). A cache
+/// directory that is refused is no error; a log line of level 2 says why.
 ///
 /// # Safety
 /// `config` points to a struct of its `struct_size` whose `cache_dir` is NULL or NUL-terminated,
@@ -110,7 +116,10 @@ pub unsafe extern "C" fn forge_context_workspace_bytes(
 /// Lends the context device memory for its life and that of its linears, or until the next call of
 /// this function. It is scratch of the work on a stream, so only one stream at a time may have work of
 /// this context in it; what is enqueued already goes on to use the old one. CUDA calls that need it
-/// fail without. On the CPU nothing is needed and nothing happens.
+/// fail without. On the CPU nothing is needed and nothing happens. `workspace` is aligned to 256 bytes and
+/// has at least forge_context_workspace_bytes; some counters in it are cleared at once.
+///
+/// Errors: FORGE_ERROR_BUFFER_SIZE, FORGE_ERROR_MISALIGNED, FORGE_ERROR_MEMORY (the host's).
 ///
 /// # Safety
 /// `context` is live; the memory has `workspace.bytes` bytes and nothing else uses it, work that is

@@ -43,7 +43,10 @@ pub type forge_log_callback = Option<
 >;
 
 /// Sends log lines up to `max_level` to `callback`; NULL turns them off. Replaces an earlier one;
-/// a call already under way on another thread may still end after this returns.
+/// a call already under way on another thread may still end after this returns. `max_level` is 1 (errors)
+/// to 5 (traces), or 0: none.
+///
+/// Errors: FORGE_ERROR_ENUM (a level above 5).
 #[unsafe(no_mangle)]
 pub extern "C" fn forge_set_log_callback(
     callback: forge_log_callback,

@@ -22,7 +22,7 @@ pub struct forge_linear {
     pub(super) layout: Layout,
 }
 
-fn flag(name: &str, value: u32) -> Result<bool> {
+pub(super) fn flag(name: &str, value: u32) -> Result<bool> {
     match value {
         0 => Ok(false),
         1 => Ok(true),
@@ -32,7 +32,7 @@ fn flag(name: &str, value: u32) -> Result<bool> {
 
 /// # Safety
 /// `config.rule` is NULL or NUL-terminated.
-unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
+pub(super) unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
     // SAFETY: as promised by the caller.
     let rule = unsafe { super::rule::find(config.rule)? };
     rule::check_flags(rule, config.rule_flags)?;
@@ -62,6 +62,11 @@ unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
 }
 
 /// Makes a linear. It keeps what it needs of context and communicator, which may be freed before it.
+/// Nothing is allocated that grows with W.
+///
+/// Errors: FORGE_ERROR_RULE (no such rule, a flag that it does not take), FORGE_ERROR_ENUM, FORGE_ERROR_SHAPE
+/// (features of 0), FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (features that do not divide by the ranks),
+/// FORGE_ERROR_UNSUPPORTED (factors of another dtype; sequence parallelism without parallelism).
 ///
 /// # Safety
 /// `context` and `comm` are live, `config` points to a struct of its `struct_size` whose `rule` is
@@ -116,7 +121,8 @@ pub unsafe extern "C" fn forge_linear_free(linear: *mut forge_linear) {
     }
 }
 
-/// What to allocate for this rank's part of the parameter.
+/// What to allocate for this rank's part of the parameter: bytes, rows, columns, dtype and alignment of each
+/// array, and which rows and columns of W it is.
 ///
 /// # Safety
 /// `linear` is live, `out` points to a struct of its `struct_size`.
@@ -160,7 +166,10 @@ pub unsafe extern "C" fn forge_linear_layout(
     })
 }
 
-/// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs.
+/// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs: 0 without sequence
+/// parallelism. Not the context's workspace.
+///
+/// Errors: FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (tokens that do not divide by the ranks).
 ///
 /// # Safety
 /// `linear` is live, `out_bytes` points to a u64.
@@ -183,6 +192,8 @@ pub unsafe extern "C" fn forge_linear_workspace(
 }
 
 /// Chooses a schedule by predicted bytes, or checks the one asked for, and says why.
+///
+/// Errors: FORGE_ERROR_UNSUPPORTED (`immediate` where it is not possible; the message has the way out).
 ///
 /// # Safety
 /// `linear` is live, `request` and `out` point to structs of their `struct_size`.

@@ -15,7 +15,9 @@ pub extern "C" fn forge_rule_count() -> u32 {
     rule::all().len() as u32
 }
 
-/// The rule of this index, with all states that some flags need.
+/// The rule of this index, from 0, with all states that some flags need.
+///
+/// Errors: FORGE_ERROR_RULE (an index that is not below forge_rule_count).
 ///
 /// # Safety
 /// `out` points to a struct of its `struct_size`.
@@ -35,6 +37,8 @@ pub unsafe extern "C" fn forge_rule_get(index: u32, out: *mut forge_rule_info) -
 }
 
 /// The rule of this name, with the states that these flags need.
+///
+/// Errors: FORGE_ERROR_RULE (no such rule, a flag that it does not take).
 ///
 /// # Safety
 /// `name` is NUL-terminated, `out` points to a struct of its `struct_size`.
@@ -163,7 +167,10 @@ fn describe(rule: &dyn ErasedRule, states: &[State]) -> forge_rule_info {
 /// The gradient norm and what to multiply gradients by: `norm = grad_scale · √sum_of_squares`,
 /// `coefficient = grad_scale · min(1, max_norm / (norm + 1e-6))`, as torch's clip_grad_norm_ and
 /// Megatron-LM have it. `max_norm <= 0`: no clipping. A sum that is not finite gives that norm and a
-/// coefficient of 0: skip the step.
+/// coefficient of 0: skip the step. `sum_of_squares` is the sum over all layers and ranks, `grad_scale` what
+/// gradients are multiplied by anyway (an inverse loss scale, or 1).
+///
+/// Errors: FORGE_ERROR_SCALAR (a negative sum, a scale that is not finite, a `max_norm` of NaN).
 ///
 /// # Safety
 /// `out_norm` and `out_coefficient` point to doubles.

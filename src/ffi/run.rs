@@ -31,6 +31,7 @@ unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepSour
         step.scalars
     } else {
         check_pointer("step.device_scalars", step.device_scalars)?;
+        linear.backend.check_memory("step.device_scalars", step.device_scalars.cast())?;
         if !linear.backend.memory_is_host() {
             return Ok(StepSource::Device(step.device_scalars.cast()));
         }
@@ -48,7 +49,10 @@ unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepSour
 }
 
 /// Checks the scalars of a step against the rule's ranges and does nothing else: before the first of
-/// many updates, so that a bad scalar is found while no weight has moved.
+/// many updates, so that a bad scalar is found while no weight has moved. Of CUDA's `device_scalars` only the
+/// address is checked.
+///
+/// Errors: FORGE_ERROR_SCALAR.
 ///
 /// # Safety
 /// `linear` is live, `step` points to a struct of its `struct_size`.
@@ -94,7 +98,7 @@ fn check_device_out<T>(check: &mut Checker, name: &str, out: *mut T) -> Result<(
 unsafe fn check_out<T: Sized32>(check: &mut Checker, name: &str, out: *mut T) -> Result<()> {
     // SAFETY: as promised by the caller.
     unsafe { check_out_struct(name, out)? };
-    check.buffer(name, out.cast_const().cast(), size_of::<T>() as u64, Dtype::U8, true)
+    check.range(name, out.cast_const().cast(), size_of::<T>() as u64, Dtype::U8, true)
 }
 
 /// Writes a report to the host, and to the backend's memory where that is the host's as well.
@@ -128,6 +132,12 @@ unsafe fn write_reports(
 /// it was before the update. If a collective fails before the update, W is unchanged; a failure of
 /// the last wait is reported after it. `report` may be NULL; where it is not, CUDA waits for the
 /// stream (`backward->device_report` needs no wait).
+///
+/// Written: `dx`, `dbias`, `workspace`, and by mode weight, `weight_extra`, states and scales (UPDATE) or
+/// `accumulator` (ACCUMULATE).
+///
+/// Errors: FORGE_ERROR_COLLECTIVE; for CUDA FORGE_ERROR_DEVICE, FORGE_ERROR_COMPILE, FORGE_ERROR_WORKSPACE; those
+/// of the 1xx band about the argument that the message names, before anything is written.
 ///
 /// # Safety
 /// `linear` is live, structs have their `struct_size`, buffers have the sizes that they say.
@@ -237,7 +247,8 @@ pub unsafe extern "C" fn forge_linear_backward(
     })
 }
 
-/// `dx = dy · W`, without communication: dx [tokens, in_local] contiguous.
+/// `dx = dy · W`, without communication: dy [tokens, out_local] with rows `dy_stride` elements apart (0:
+/// contiguous), dx [tokens, in_local] contiguous, both of factor_dtype. Of `parameter` only `weight` is read.
 ///
 /// # Safety
 /// As forge_linear_backward.
@@ -274,7 +285,10 @@ pub unsafe extern "C" fn forge_linear_dgrad(
 }
 
 /// The fused update over the tokens of all segments. `report` may be NULL; where it is not, CUDA waits
-/// for the stream (`update->device_report` needs no wait).
+/// for the stream (`update->device_report` needs no wait). Tiles whose gradient is not finite are left as
+/// they were and counted.
+///
+/// Written: weight, `weight_extra`, states and scales of `update->parameter`.
 ///
 /// # Safety
 /// As forge_linear_backward.
@@ -307,7 +321,8 @@ pub unsafe extern "C" fn forge_linear_update(
     })
 }
 
-/// `accumulator += Σ dYᵀX` over all segments; fp32 [out_local, in_local].
+/// `accumulator += Σ dYᵀX` over all segments; fp32 [out_local, in_local]. The caller zeroes it before a step's
+/// first micro-batch.
 ///
 /// # Safety
 /// As forge_linear_backward.

@@ -1,6 +1,7 @@
 //! The structs of the C ABI. Those that may grow start with `struct_size = sizeof(the struct)`.
 
 use super::boundary::Sized32;
+use super::warm::forge_warm_callback;
 use std::ffi::{c_char, c_void};
 
 macro_rules! sized {
@@ -23,7 +24,9 @@ sized!(
     forge_update,
     forge_norm,
     forge_plan_request,
-    forge_plan
+    forge_plan,
+    forge_warm_config,
+    forge_warm_report
 );
 
 /// Memory that FORGE may write: of the context's backend, allocated by the caller.
@@ -447,4 +450,51 @@ pub struct forge_plan {
     pub gradient_bytes: u64,
     /// One sentence, NUL-terminated.
     pub reason: [c_char; 256],
+}
+
+/// What to compile ahead of time, for forge_warm and forge_context_warm.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_warm_config {
+    /// sizeof(forge_warm_config).
+    pub struct_size: u32,
+    /// Multiprocessors of the GPUs, which decide on tiles; 0: as most GPUs of the architecture have (132
+    /// for sm_90a, an H100 or H200 SXM).
+    pub sm_count: u32,
+    /// "sm_80", "sm_90a" and their like.
+    pub architecture: *const c_char,
+    /// As in forge_context_config. It is an error if it is refused or cannot be written.
+    pub cache_dir: *const c_char,
+    /// The linear, as for forge_linear_new. out_features and in_features both 0: any shape.
+    pub linear: *const forge_linear_config,
+    /// Ranks that share out W, if `linear->parallel` says that they do; 0: one. Shards of all of them are
+    /// compiled for.
+    pub ranks: u32,
+    /// Segments that an update or a norm will sum; 0: any number. One segment is always compiled for.
+    pub micro_batches: u32,
+    /// Tokens of a micro-batch, after gathering; 0: any number.
+    pub tokens: u64,
+    /// 1: `device_scalars` will be used as well (captured graphs).
+    pub device_scalars: u32,
+    /// Threads that compile; 0: one for each core that the process may use.
+    pub threads: u32,
+    /// Told of each kernel, or NULL.
+    pub progress: forge_warm_callback,
+    /// First argument of `progress`.
+    pub user: *mut c_void,
+}
+
+/// What forge_warm did.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_warm_report {
+    /// sizeof(forge_warm_report).
+    pub struct_size: u32,
+    /// The version of NVRTC, 1000 · major + 10 · minor: a run finds the kernels with this version only. 0 on
+    /// the CPU.
+    pub nvrtc: u32,
+    /// Kernels that were compiled.
+    pub compiled: u64,
+    /// Kernels that were there.
+    pub present: u64,
 }

@@ -6,6 +6,7 @@
 //! or replace is used. When entries outgrow a limit, those go that were not used for longest. A cache
 //! that does not work costs time, never a result.
 
+use crate::error::{Result, bail};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::io::{self, Write};
@@ -25,7 +26,7 @@ const LEFT_BEHIND: Duration = Duration::from_secs(3600);
 
 /// A directory of images.
 pub struct Cache {
-    directory: Result<PathBuf, String>,
+    directory: std::result::Result<PathBuf, String>,
     most_bytes: u64,
     has_warned: AtomicBool,
 }
@@ -47,12 +48,11 @@ impl Cache {
     pub fn with_limit(directory: Option<PathBuf>, most_bytes: u64) -> Self {
         let directory = match directory {
             None => Err("no cache: neither FORGE_CACHE_DIR nor HOME is set".to_string()),
-            Some(directory) => prepare(&directory).map_err(|why| {
-                format!("cache {}: not used, kernels are compiled anew: {why}", directory.display())
-            }),
+            Some(directory) => prepare(&directory)
+                .map_err(|why| format!("cache {}: not used: {why}", directory.display())),
         };
         if let Err(why) = &directory {
-            tracing::warn!(target: "forge", "{why}");
+            tracing::warn!(target: "forge", "{why}; kernels are compiled anew by each process");
         }
         Self { directory, most_bytes, has_warned: AtomicBool::new(false) }
     }
@@ -78,23 +78,92 @@ impl Cache {
         Some(bytes)
     }
 
-    /// Keeps an image.
+    /// Keeps an image, or says in the log why not: a run goes on without.
     pub fn store(&self, key: &str, image: &[u8]) {
-        let Some(path) = self.path(key) else { return };
-        if let Err(why) = write(&path, image) {
-            // A full disk stays full: said once.
-            if !self.has_warned.swap(true, Ordering::Relaxed) {
-                tracing::warn!(target: "forge", "cache {}: not written: {why}", path.display());
-            }
-            return;
+        if self.directory.is_err() {
+            return; // said when the cache was opened
         }
-        if let Ok(directory) = &self.directory {
-            trim(directory, self.most_bytes);
+        if let Err(error) = self.try_store(key, image)
+            // A full disk stays full: said once.
+            && !self.has_warned.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(target: "forge", "{}", error.message);
         }
     }
 
-    fn path(&self, key: &str) -> Option<PathBuf> {
-        self.directory.as_ref().ok().map(|d| d.join(format!("{key}.cubin")))
+    /// As [`Cache::store`], for callers to whom a cache that is not written is an error.
+    pub fn try_store(&self, key: &str, image: &[u8]) -> Result<()> {
+        let directory = match &self.directory {
+            Ok(directory) => directory,
+            Err(why) => bail!(FORGE_ERROR_CACHE, "{why}"),
+        };
+        if let Err(why) = write(&entry(directory, key), image) {
+            bail!(
+                FORGE_ERROR_CACHE,
+                "cache {}: not written: {why}{}",
+                directory.display(),
+                way_out(&why)
+            );
+        }
+        trim(directory, self.most_bytes);
+        Ok(())
+    }
+
+    /// The directory, where it really is.
+    pub fn directory(&self) -> Option<&Path> {
+        self.directory.as_ref().ok().map(PathBuf::as_path)
+    }
+
+    /// Leaves a note of the compiler that filled the cache, `nvrtc-13.0.version`: a run without one takes its
+    /// images.
+    pub fn note_compiler(&self, (major, minor): (i32, i32)) {
+        if let Some(directory) = self.directory() {
+            let shared = fs::metadata(directory).map_or(0, |d| d.mode() & 0o044);
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create(true).truncate(false).mode(0o600 | shared);
+            // Where images cannot be written either, that was an error.
+            let _ = options.open(directory.join(format!("nvrtc-{major}.{minor}.version")));
+        }
+    }
+
+    /// The compilers that left a note, the newest first.
+    pub fn compilers(&self) -> Vec<(i32, i32)> {
+        let entries = self.directory().and_then(|d| fs::read_dir(d).ok()).into_iter().flatten();
+        let mut versions: Vec<(i32, i32)> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let version = name.to_str()?.strip_prefix("nvrtc-")?.strip_suffix(".version")?;
+                let (major, minor) = version.split_once('.')?;
+                Some((major.parse().ok()?, minor.parse().ok()?))
+            })
+            .collect();
+        versions.sort_unstable_by(|a, b| b.cmp(a));
+        versions
+    }
+
+    /// The file of an image, whether it is there or not; None where nothing is kept.
+    pub fn path(&self, key: &str) -> Option<PathBuf> {
+        self.directory().map(|directory| entry(directory, key))
+    }
+}
+
+/// The file of an image.
+fn entry(directory: &Path, key: &str) -> PathBuf {
+    directory.join(format!("{key}.cubin"))
+}
+
+/// What to do about a write that failed.
+fn way_out(why: &io::Error) -> &'static str {
+    match why.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::FileTooLarge | io::ErrorKind::QuotaExceeded => {
+            "; free some space, or name another directory in FORGE_CACHE_DIR"
+        }
+        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+            "; fill it where it can be written (python -m forge_train warm), or name another \
+             directory in FORGE_CACHE_DIR"
+        }
+        _ => "; name another directory in FORGE_CACHE_DIR",
     }
 }
 
@@ -111,15 +180,14 @@ pub fn key<'a>(parts: impl IntoIterator<Item = &'a str>) -> String {
 /// Makes the directory for its owner alone, or checks that others can neither write nor replace it.
 /// Where it really is.
 fn prepare(directory: &Path) -> io::Result<PathBuf> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|why| {
+        io::Error::other(format!("it cannot be made: {why}; name another in FORGE_CACHE_DIR"))
+    })?;
     let directory = fs::canonicalize(directory)?;
     let found = fs::metadata(&directory)?;
     // A process's own entry in /proc belongs to the user that it runs as.
     let user = fs::metadata("/proc/self")?.uid();
     let is_trusted = |uid: u32| uid == user || uid == 0;
-    if !found.is_dir() {
-        return Err(io::Error::other("it is not a directory"));
-    }
     if !is_trusted(found.uid()) {
         return Err(io::Error::other(format!(
             "it belongs to user {}, whose code would be run; name another in FORGE_CACHE_DIR",
@@ -193,8 +261,11 @@ fn write(path: &Path, image: &[u8]) -> io::Result<()> {
     let part = path.with_extension(format!("{}.{}.part", unique.0, unique.1));
     let result = (|| {
         // A file left by a killed process of the same id is in the way; names are ours alone.
+        // Whom the owner lets read the directory may read its entries: a cache shared by users.
+        let shared = fs::metadata(path.parent().unwrap_or(path))?.mode() & 0o044;
         let mut options = fs::OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&part)?;
+        options.write(true).create(true).truncate(true).mode(0o600 | shared);
+        let mut file = options.open(&part)?;
         file.write_all(MAGIC)?;
         file.write_all(&Sha256::digest(image))?;
         file.write_all(image)?;

@@ -52,7 +52,11 @@ impl Nvrtc {
         let mut tried = Vec::new();
         if let Some(path) = std::env::var_os("FORGE_NVRTC") {
             return Self::open(Path::new(&path)).or_else(|why| {
-                bail!(FORGE_ERROR_COMPILE, "FORGE_NVRTC: {}: {why}", Path::new(&path).display())
+                bail!(
+                    FORGE_ERROR_COMPILE,
+                    "FORGE_NVRTC: NVRTC cannot be loaded from there: {why}; name libnvrtc.so.13 or \
+                     libnvrtc.so.12 with its path, or unset it to have NVRTC looked for"
+                )
             });
         }
         let mut majors = vec![driver_major, 13, 12];

@@ -2,6 +2,7 @@
 //! of calls that the backend makes. Everything is enqueued on the caller's stream.
 
 use super::super::Stream;
+use super::driver_library;
 use crate::error::{Error, Result, bail, forge_status};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use cudarc::driver::{CudaContext, DriverError};
@@ -11,10 +12,6 @@ use std::sync::Arc;
 
 /// An address in device memory.
 pub type DevicePtr = sys::CUdeviceptr;
-
-/// The oldest driver that will do, as `cuDriverGetVersion` counts: 12.1 is the first that knows Hopper's
-/// tensor maps and takes more than 4 KiB of kernel parameters.
-const OLDEST_DRIVER: i32 = 12010;
 
 /// Turns a driver call's result into an error with the call's name and CUDA's own text.
 pub fn check(call: &str, result: CUresult) -> Result<()> {
@@ -51,6 +48,8 @@ pub struct Properties {
     pub shared_memory_per_block: u32,
     /// Bytes of the L2 cache.
     pub l2_bytes: u32,
+    /// Whether its kernels can read any memory of the host, by way of the operating system's page tables.
+    pub reads_pageable_memory: bool,
     /// CUDA version of the driver, 1000 · major + 10 · minor.
     pub driver_version: i32,
 }
@@ -65,44 +64,17 @@ pub struct Device {
 impl Device {
     /// The GPU of this ordinal.
     pub fn new(ordinal: i32) -> Result<Self> {
-        // SAFETY: tries to load the library, no more; the rest of cudarc panics without it.
-        if !unsafe { sys::is_culib_present() } {
-            bail!(
-                FORGE_ERROR_NO_BACKEND,
-                "backend: FORGE_BACKEND_CUDA needs NVIDIA's driver, and libcuda.so.1 cannot be \
-                 loaded; install the driver, or use FORGE_BACKEND_CPU"
-            );
-        }
         if ordinal < 0 {
             bail!(FORGE_ERROR_SHAPE, "device: {ordinal}; GPUs are counted from 0");
         }
-        let mut driver_version = 0;
-        // SAFETY: the library is present; the result is a live i32.
-        unsafe {
-            check("cuDriverGetVersion", sys::cuDriverGetVersion(&mut driver_version))?;
-            if driver_version < OLDEST_DRIVER {
-                bail!(
-                    FORGE_ERROR_NO_BACKEND,
-                    "backend: FORGE_BACKEND_CUDA needs a driver of CUDA {} or newer, this one is of \
-                     CUDA {}; update the driver, or use FORGE_BACKEND_CPU",
-                    version(OLDEST_DRIVER),
-                    version(driver_version)
-                );
-            }
-            match sys::cuInit(0) {
-                CUresult::CUDA_SUCCESS => {}
-                result => {
-                    let why = check("cuInit", result).err().map_or(String::new(), |e| e.message);
-                    bail!(
-                        FORGE_ERROR_NO_BACKEND,
-                        "backend: FORGE_BACKEND_CUDA finds no usable GPU: {why}"
-                    );
-                }
-            }
-        }
+        let driver_version = driver_library::start()?;
         let count = check_cudarc("cuDeviceGetCount", CudaContext::device_count())?;
         if ordinal >= count {
-            bail!(FORGE_ERROR_SHAPE, "device: {ordinal}; there are {count} GPUs");
+            bail!(
+                FORGE_ERROR_SHAPE,
+                "device: {ordinal}; there are {count} GPUs, counted from 0 (CUDA_VISIBLE_DEVICES may hide \
+                 others)"
+            );
         }
         // cudarc leaves the context current on this thread; put back what was there.
         let before = current()?;
@@ -123,12 +95,14 @@ impl Device {
                 CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )? as u32,
             l2_bytes: attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as u32,
+            reads_pageable_memory: attribute(CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0,
             driver_version,
         };
         if properties.capability.0 < 8 {
             bail!(
                 FORGE_ERROR_NO_BACKEND,
-                "device: {ordinal} ({}) has compute capability {}.{}; the kernels need 8.0 or newer",
+                "device: {ordinal} ({}) has compute capability {}.{}; the kernels need 8.0 or \
+                 newer; use another GPU, or FORGE_BACKEND_CPU",
                 properties.name,
                 properties.capability.0,
                 properties.capability.1
@@ -159,16 +133,24 @@ impl Drop for Device {
     }
 }
 
-/// `major.minor` of a CUDA version number.
-fn version(number: i32) -> String {
-    format!("{}.{}", number / 1000, number % 1000 / 10)
-}
-
 fn current() -> Result<sys::CUcontext> {
     let mut context = std::ptr::null_mut();
     // SAFETY: the result is a live pointer.
     check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&mut context) })?;
     Ok(context)
+}
+
+/// Whether CUDA knows an address: memory that was allocated by it on any device, managed or pinned.
+pub fn knows(address: DevicePtr) -> bool {
+    let mut kind = 0u32;
+    // SAFETY: the result is a live u32, which is what this attribute is; any address may be asked about.
+    let result = unsafe {
+        let kind = (&raw mut kind).cast();
+        let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        sys::cuPointerGetAttribute(kind, attribute, address)
+    };
+    // Of another failure the next launch tells.
+    result != CUresult::CUDA_ERROR_INVALID_VALUE
 }
 
 /// See [`Device::enter`]. Tied to its thread.

@@ -40,8 +40,7 @@ pub unsafe fn update(
     stream: Stream,
 ) -> Result<()> {
     let vector = is_vector(scheme, shard, arrays, gradient);
-    let mut defines = specialise::update(scheme);
-    defines.push(format!("FORGE_VECTOR={}", u32::from(vector)));
+    let defines = defines(scheme, vector);
     let kernel = Kernel {
         source: sources::ELEMENTWISE,
         defines: &defines,
@@ -58,18 +57,30 @@ pub unsafe fn update(
     unsafe { gpu.run(kernel, &mut parameters, stream) }
 }
 
+/// What the kernel is compiled for; `vector`: see [`is_vector`].
+pub fn defines(scheme: &Scheme, vector: bool) -> Vec<String> {
+    let mut defines = specialise::update(scheme);
+    defines.push(format!("FORGE_VECTOR={}", u32::from(vector)));
+    defines
+}
+
+/// Whether a shard's rows are whole runs of 8 elements, whose global indices begin at multiples of 32.
+pub fn has_runs(shard: &Shard) -> bool {
+    shard.global_index(0, 0).is_multiple_of(32)
+        && shard.global_cols.is_multiple_of(32)
+        && shard.cols.is_multiple_of(8)
+}
+
 /// Whether runs of 8 elements can be read and written at once and share their Philox calls: rows of
 /// whole runs, everything aligned to 16 bytes (codes of q8 states to 8), global indices to 32.
 fn is_vector(scheme: &Scheme, shard: &Shard, arrays: &Arrays, gradient: Gradient) -> bool {
-    let draws = shard.global_index(0, 0).is_multiple_of(32) && shard.global_cols.is_multiple_of(32);
     let aligned = |address: u64, bytes: u64| address.is_multiple_of(bytes);
     let extra = matches!(scheme.weight_format, WeightFormat::Bf16F32 | WeightFormat::Bf16Low16);
     let states = (0..scheme.n_states).all(|k| {
         let bytes = if scheme.state_formats[k] == StateFormat::Q8 { 8 } else { 16 };
         aligned(arrays.states[k] as u64, bytes)
     });
-    draws
-        && shard.cols.is_multiple_of(8)
+    has_runs(shard)
         && gradient.stride.is_multiple_of(4)
         && aligned(gradient.data, 16)
         && aligned(arrays.weight as u64, 16)

@@ -90,6 +90,18 @@ pub struct Types {
     pub out: Dtype,
 }
 
+/// What the kernel is compiled for; `along_rows`: which operands are contiguous along the kept dimension.
+pub fn defines(types: Types, along_rows: [bool; 2]) -> Vec<String> {
+    let [left, right] = along_rows.map(u32::from);
+    vec![
+        format!("FORGE_LEFT={}", specialise::dtype_code(types.left)),
+        format!("FORGE_RIGHT={}", specialise::dtype_code(types.right)),
+        format!("FORGE_OUT={}", specialise::dtype_code(types.out)),
+        format!("FORGE_LEFT_ROWS={left}"),
+        format!("FORGE_RIGHT_ROWS={right}"),
+    ]
+}
+
 /// Enqueues `out[rows, cols] = initial + Σ left · rightᵀ` over all segments in order.
 ///
 /// More segments than one launch takes go through `out`, which then is fp32.
@@ -111,14 +123,8 @@ pub unsafe fn product(
     let segments: Vec<Segment> = segments.iter().flat_map(|s| s.parts(types)).collect();
     // Which dimension is contiguous: a hint to the kernel, right or wrong.
     let along_rows =
-        |operand: fn(&Segment) -> Operand| u32::from(segments.iter().all(|s| operand(s).row == 1));
-    let defines = [
-        format!("FORGE_LEFT={}", specialise::dtype_code(types.left)),
-        format!("FORGE_RIGHT={}", specialise::dtype_code(types.right)),
-        format!("FORGE_OUT={}", specialise::dtype_code(types.out)),
-        format!("FORGE_LEFT_ROWS={}", along_rows(|s| s.left)),
-        format!("FORGE_RIGHT_ROWS={}", along_rows(|s| s.right)),
-    ];
+        |operand: fn(&Segment) -> Operand| segments.iter().all(|s| operand(s).row == 1);
+    let defines = defines(types, [along_rows(|s| s.left), along_rows(|s| s.right)]);
     let mut initial = initial;
     // One launch at least: without segments the result is `initial`, or zeros.
     let launches = segments.len().div_ceil(MOST_SEGMENTS).max(1);

@@ -47,8 +47,8 @@ impl Gpu {
     /// The GPU of this ordinal; compiled kernels are kept in `cache_dir`.
     pub fn new(ordinal: i32, cache_dir: Option<PathBuf>) -> Result<Self> {
         let device = Arc::new(Device::new(ordinal)?);
-        let nvrtc = Nvrtc::load(device.properties.driver_version / 1000)?;
-        let modules = Modules::new(device.clone(), nvrtc, Cache::new(cache_dir));
+        let nvrtc = Nvrtc::load(device.properties.driver_version / 1000);
+        let modules = Modules::new(device.clone(), nvrtc, Cache::new(cache_dir))?;
         Ok(Self { device, modules, blas: Blas::default(), workspace: Lent::default() })
     }
 

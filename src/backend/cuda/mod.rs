@@ -11,18 +11,23 @@ pub mod blas;
 pub mod cache;
 pub mod compile;
 pub mod driver;
+pub mod driver_library;
 pub mod elementwise;
 pub mod exact;
 pub mod gpu;
+pub mod images;
 pub mod libraries;
 pub mod module;
+pub mod needs;
 pub mod parameters;
 pub mod reduce;
 pub mod sm90;
 pub mod sources;
 pub mod specialise;
+pub mod warm;
 pub mod workspace;
 
+use super::warm::{Tell, Warmed, Work};
 use super::{
     Accumulator, Arrays, Backend, Deliver, Factors, Image, Matrix, Norm, NormMethod, Report,
     Scheme, Shard, StepSource, Stream,
@@ -211,7 +216,7 @@ impl Cuda {
 
     /// Whether the fused kernel may be asked.
     fn may_fuse(&self, scheme: &Scheme) -> bool {
-        self.gpu.properties().capability == (9, 0) && scheme.factor_dtype != Dtype::F32
+        sm90::may_take(self.gpu.properties().capability, scheme.factor_dtype)
     }
 }
 
@@ -244,8 +249,31 @@ impl Backend for Cuda {
         false
     }
 
+    fn check_memory(&self, name: &str, data: *const u8) -> Result<()> {
+        let properties = self.gpu.properties();
+        if !properties.reads_pageable_memory && !driver::knows(data as DevicePtr) {
+            bail!(
+                FORGE_ERROR_MEMORY,
+                "{name}: {data:p} is no memory of CUDA but the host's, which GPU {} cannot reach; copy it \
+                 to the GPU, or use a context of FORGE_BACKEND_CPU",
+                properties.ordinal
+            );
+        }
+        Ok(())
+    }
+
     fn workspace_bytes(&self) -> u64 {
         TOTAL_BYTES
+    }
+
+    fn warm(&self, work: &Work, threads: usize, tell: &mut Tell) -> Result<Warmed> {
+        let properties = self.gpu.properties();
+        let target = needs::Target {
+            capability: properties.capability,
+            sm_count: properties.sm_count,
+            shared_memory_per_block: properties.shared_memory_per_block,
+        };
+        warm::warm(&self.gpu.modules.images, &needs::needs(&target, work), threads, tell)
     }
 
     unsafe fn set_workspace(&self, data: *mut u8, _bytes: u64) -> Result<()> {

@@ -1,9 +1,11 @@
 //! From (source, defines, kernel) to a loaded function: in memory, from disk, or compiled.
 
-use super::cache::{self, Cache};
-use super::compile::{Nvrtc, architecture, options};
+use super::cache::Cache;
+use super::compile::{Nvrtc, architecture};
 use super::driver::{Device, Function, check};
-use super::sources::{self, Source};
+use super::images::Images;
+pub use super::images::image_key;
+use super::sources::Source;
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUfunction_attribute, CUmodule};
 use std::collections::HashMap;
@@ -28,9 +30,8 @@ type Slot = Arc<Mutex<Option<Loaded>>>;
 /// Every specialisation that this context has used.
 pub struct Modules {
     device: Arc<Device>,
-    nvrtc: Nvrtc,
-    cache: Cache,
-    architecture: String,
+    /// What images come from.
+    pub images: Images,
     slots: Mutex<HashMap<(&'static str, Vec<String>), Slot>>,
 }
 
@@ -41,9 +42,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Modules {
     /// No module yet.
-    pub fn new(device: Arc<Device>, nvrtc: Nvrtc, cache: Cache) -> Self {
+    pub fn new(device: Arc<Device>, nvrtc: Result<Nvrtc>, cache: Cache) -> Result<Self> {
         let architecture = architecture(device.properties.capability);
-        Self { device, nvrtc, cache, architecture, slots: Mutex::default() }
+        let images = Images::new(nvrtc, cache, architecture)?;
+        Ok(Self { device, images, slots: Mutex::default() })
     }
 
     /// The kernel `name` of a source compiled with these defines (`NAME=value`), which may use
@@ -77,10 +79,8 @@ impl Modules {
 
     fn load(&self, source: Source, defines: &[String], what: &str) -> Result<Loaded> {
         let begin = Instant::now();
-        let options = options(&self.architecture, defines);
-        let key = image_key(&self.nvrtc, source, &options);
         let _entered = self.device.enter()?;
-        if let Some(image) = self.cache.load(&key) {
+        if let Some(image) = self.images.find(source, defines) {
             match load_image(&image) {
                 Ok(module) => {
                     tracing::debug!(target: "forge", "{what}: loaded in {:?}", begin.elapsed());
@@ -90,9 +90,9 @@ impl Modules {
                 Err(e) => tracing::debug!(target: "forge", "{what}: cached image: {e}"),
             }
         }
-        let image = self.nvrtc.compile(source, &options, what)?;
-        let module = load_image(&image.bytes)?;
-        self.cache.store(&key, &image.bytes);
+        let image = self.images.compile(source, defines, what)?;
+        let module = load_image(&image)?;
+        self.images.keep_quietly(source, defines, &image);
         let time = begin.elapsed();
         tracing::info!(target: "forge", "{what}: kernels/{} compiled in {time:?}", source.name);
         Ok(Loaded { module, functions: HashMap::new() })
@@ -115,15 +115,6 @@ impl Drop for Modules {
             }
         }
     }
-}
-
-/// The cache's key: everything that an image is made from.
-pub fn image_key(nvrtc: &Nvrtc, source: Source, options: &[String]) -> String {
-    let version = format!("NVRTC {}.{}", nvrtc.version.0, nvrtc.version.1);
-    let headers = sources::headers(options);
-    let headers = headers.iter().flat_map(|h| [h.name, h.text]);
-    let parts = [version.as_str(), source.name, source.text].into_iter().chain(headers);
-    cache::key(parts.chain(options.iter().map(String::as_str)))
 }
 
 fn load_image(image: &[u8]) -> Result<CUmodule> {

@@ -72,6 +72,11 @@ pub unsafe fn squares(
     unsafe { gpu.run(kernel, &mut parameters!(data, stride, rows, cols, partials), stream) }
 }
 
+/// What the kernel of the bias gradient is compiled for.
+pub fn bias_defines(scheme: &Scheme) -> Vec<String> {
+    vec![format!("FORGE_FACTOR={}", specialise::dtype_code(scheme.factor_dtype))]
+}
+
 /// `dbias[o] = Σ_t dY[t, o]`.
 ///
 /// # Safety
@@ -86,7 +91,7 @@ pub unsafe fn bias(
     stream: Stream,
 ) -> Result<()> {
     const COLS: u64 = 32;
-    let defines = [format!("FORGE_FACTOR={}", specialise::dtype_code(scheme.factor_dtype))];
+    let defines = bias_defines(scheme);
     let kernel = Kernel {
         source: sources::BIAS,
         defines: &defines,
@@ -100,6 +105,25 @@ pub unsafe fn bias(
     let (rows, tokens) = (rows as u64, tokens as u64);
     // SAFETY: as promised by the caller; the kernel declares these parameters.
     unsafe { gpu.run(kernel, &mut parameters!(data, dy_stride, rows, tokens, dbias), stream) }
+}
+
+/// What the kernels of an image are compiled for.
+pub fn image_defines(scheme: &Scheme, image: Image) -> Vec<String> {
+    let (which, format, kind) = match image {
+        Image::Weight => (0, specialise::weight_code(scheme.weight_format), 0),
+        Image::State(k) => {
+            let format = scheme.state_formats[k];
+            // The kind matters to q8 alone.
+            let unsigned =
+                format == StateFormat::Q8 && scheme.state_kind(k) == StateKind::NonNegative;
+            (1, specialise::state_code(format), u32::from(unsigned))
+        }
+    };
+    vec![
+        format!("FORGE_IMAGE={which}"),
+        format!("FORGE_FORMAT={format}"),
+        format!("FORGE_KIND={kind}"),
+    ]
 }
 
 /// An array to fp32 (`export`), or from it.
@@ -116,21 +140,11 @@ pub unsafe fn image(
     export: bool,
     stream: Stream,
 ) -> Result<()> {
-    let (which, format, kind, k) = match image {
-        Image::Weight => (0, specialise::weight_code(scheme.weight_format), 0, 0),
-        Image::State(k) => {
-            let signed = scheme.state_kind(k) == StateKind::Signed;
-            (1, specialise::state_code(scheme.state_formats[k]), u32::from(!signed), k)
-        }
+    let defines = image_defines(scheme, image);
+    let k = match image {
+        Image::Weight => 0,
+        Image::State(k) => k,
     };
-    // The kind matters to q8 alone.
-    let q8 = which == 1 && scheme.state_formats[k] == StateFormat::Q8;
-    let kind = if q8 { kind } else { 0 };
-    let defines = [
-        format!("FORGE_IMAGE={which}"),
-        format!("FORGE_FORMAT={format}"),
-        format!("FORGE_KIND={kind}"),
-    ];
     let blocks = shard.rows as u64 * (shard.cols as u64).div_ceil(BLOCK as u64);
     let kernel = Kernel {
         source: sources::IMAGE,

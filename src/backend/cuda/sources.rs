@@ -3,7 +3,7 @@
 use crate::rule::ErasedRule;
 
 /// A translation unit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Source {
     /// Its file name under `kernels/`.
     pub name: &'static str,

@@ -41,6 +41,22 @@ pub struct Streams {
     pub q8: bool,
 }
 
+impl Streams {
+    /// Of a mode, with or without a buffer.
+    pub fn of(scheme: &Scheme, mode: Mode, accumulator: bool) -> Self {
+        let mut bytes = if accumulator { Dtype::F32.bytes() } else { 0 };
+        let mut q8 = false;
+        if mode == Mode::Update {
+            let states = &scheme.state_formats[..scheme.n_states];
+            bytes += scheme.weight_format.model_dtype().bytes();
+            bytes += scheme.weight_format.extra_dtype().map_or(0, Dtype::bytes);
+            bytes += states.iter().map(|s| s.dtype().bytes()).sum::<usize>();
+            q8 = states.contains(&StateFormat::Q8);
+        }
+        Self { bytes: bytes as u32, q8 }
+    }
+}
+
 /// An array `[rows, cols]` that streams.
 #[derive(Clone, Copy)]
 struct Streamed {
@@ -168,7 +184,7 @@ pub unsafe fn try_update(
     reports: Reports,
     stream: Stream,
 ) -> Result<bool> {
-    if !takes(scheme, shard) {
+    if !fits(scheme, shard) {
         return Ok(false);
     }
     let state_formats = &scheme.state_formats[..scheme.n_states];
@@ -195,12 +211,50 @@ pub unsafe fn try_update(
     unsafe { call.run(stream) }
 }
 
-/// Whether the update's epilogue knows the formats. The other modes ask as well, though they touch no state:
-/// then a gradient that is stored first comes from the same sums as the one in registers.
-fn takes(scheme: &Scheme, shard: &Shard) -> bool {
+/// Whether the kernel is for these GPUs and factors.
+pub fn may_take(capability: (i32, i32), factor: Dtype) -> bool {
+    capability == (9, 0) && factor != Dtype::F32
+}
+
+/// Rows, columns and tokens: 31 bits in the kernel.
+const MOST: usize = u32::MAX as usize / 2;
+
+/// Whether the kernel's boxes fit the shape, and the update's epilogue knows the formats. The other modes
+/// ask as well, though they touch no state: then a gradient that is stored first comes from the same sums
+/// as the one in registers.
+pub fn fits(scheme: &Scheme, shard: &Shard) -> bool {
+    let Shard { rows, cols, .. } = *shard;
     let q8 = scheme.state_formats[..scheme.n_states].contains(&StateFormat::Q8);
-    // Whole blocks: the rest is rare enough for the panel path.
-    !q8 || shard.cols.is_multiple_of(128)
+    // Whole blocks of q8: the rest is rare enough for the panel path.
+    let unit = if q8 { 128 } else { 8 };
+    rows.is_multiple_of(8)
+        && cols.is_multiple_of(unit)
+        && (64..MOST).contains(&rows)
+        && (64..MOST).contains(&cols)
+}
+
+/// The number of segments that a kernel has room for which is called with `n`.
+pub fn room(n: usize) -> usize {
+    match n {
+        0 | 1 => 1,
+        2..=8 => 8,
+        _ => MOST_SEGMENTS,
+    }
+}
+
+/// See [`Specialisation::whole_draws`].
+pub fn whole_draws(shard: &Shard) -> bool {
+    let (first, last) = first_and_last_call(shard);
+    shard.global_index(0, 0).is_multiple_of(64)
+        && shard.global_cols.is_multiple_of(64)
+        && first >> 32 == last >> 32
+}
+
+/// The first and the last of a shard's elements over 16, as many as a Philox call serves: their upper
+/// words are those of the calls' numbers.
+fn first_and_last_call(shard: &Shard) -> (u64, u64) {
+    let Shard { rows, cols, .. } = *shard;
+    (shard.global_index(0, 0) / 16, shard.global_index(rows - 1, cols - 1) / 16)
 }
 
 /// `accumulator += Σ dYᵀX`. Returns whether it was enqueued.
@@ -251,7 +305,7 @@ unsafe fn plain(
     reports: Reports,
     stream: Stream,
 ) -> Result<bool> {
-    if !takes(scheme, shard) {
+    if !fits(scheme, shard) {
         return Ok(false);
     }
     let mut arrays = [None; ARRAYS];
@@ -282,22 +336,10 @@ fn readable(factor: &Matrix) -> bool {
 }
 
 impl Call<'_> {
-    fn streams(&self) -> Streams {
-        let bytes = self.arrays.iter().flatten().map(|a| a.dtype.bytes() as u32).sum();
-        let states = &self.arrays[2..2 + MAX_STATES];
-        Streams { bytes, q8: states.iter().flatten().any(|a| a.dtype == Dtype::U8) }
-    }
-
     /// Whether the kernel's boxes fit shapes and addresses.
     fn possible(&self) -> bool {
-        let Shard { rows, cols, .. } = *self.shard;
-        let most = u32::MAX as usize / 2;
-        rows.is_multiple_of(8)
-            && cols.is_multiple_of(8)
-            && (64..most).contains(&rows)
-            && (64..most).contains(&cols)
-            && (1..=MOST_SEGMENTS).contains(&self.factors.len())
-            && self.factors.iter().all(|f| readable(&f.dy) && readable(&f.x) && f.tokens < most)
+        (1..=MOST_SEGMENTS).contains(&self.factors.len())
+            && self.factors.iter().all(|f| readable(&f.dy) && readable(&f.x) && f.tokens < MOST)
             && self.arrays.iter().flatten().all(|a| a.data.is_multiple_of(16))
             && self.scales.iter().all(|s| s.is_multiple_of(16))
     }
@@ -312,27 +354,20 @@ impl Call<'_> {
         let properties = self.gpu.properties();
         let tokens = self.tokens();
         let most = properties.shared_memory_per_block;
-        let streams = self.streams();
+        let streams = Streams::of(self.scheme, self.mode, self.arrays[ACCUMULATOR].is_some());
         let (height, width) = (rows as u64, cols as u64);
         let Some(tile) = choose(height, width, tokens, &streams, properties.sm_count, most) else {
             return Ok(false);
         };
         // SAFETY: as promised by the caller.
         unsafe {
-            match self.factors.len() {
+            match room(self.factors.len()) {
                 1 => self.launch::<1>(&tile, &streams, stream)?,
-                2..=8 => self.launch::<8>(&tile, &streams, stream)?,
+                8 => self.launch::<8>(&tile, &streams, stream)?,
                 _ => self.launch::<MOST_SEGMENTS>(&tile, &streams, stream)?,
             }
         }
         Ok(true)
-    }
-
-    /// The first and the last of the shard's elements over 16, as many as a Philox call serves: their upper
-    /// words are those of the calls' numbers.
-    fn calls(&self) -> (u64, u64) {
-        let Shard { rows, cols, .. } = *self.shard;
-        (self.shard.global_index(0, 0) / 16, self.shard.global_index(rows - 1, cols - 1) / 16)
     }
 
     fn tokens(&self) -> u64 {
@@ -340,16 +375,11 @@ impl Call<'_> {
     }
 
     fn specialisation(&self, tile: &Tile, segments: usize) -> Specialisation {
-        let shard = self.shard;
-        let (first, last) = self.calls();
-        let whole_draws = shard.global_index(0, 0).is_multiple_of(64)
-            && shard.global_cols.is_multiple_of(64)
-            && first >> 32 == last >> 32;
         Specialisation {
             mode: self.mode,
             tile: *tile,
             accumulator: self.arrays[ACCUMULATOR].is_some(),
-            whole_draws,
+            whole_draws: whole_draws(self.shard),
             device_step: self.step.device != 0,
             segments,
         }
@@ -390,7 +420,7 @@ impl Call<'_> {
             partials: self.reports.partials,
             counter: self.reports.counter,
             method: self.reports.method,
-            draw_high: (self.calls().0 >> 32) as u32 & 0x00FF_FFFF,
+            draw_high: (first_and_last_call(self.shard).0 >> 32) as u32 & 0x00FF_FFFF,
         };
         let half = self.scheme.factor_dtype;
         // SAFETY: as promised by the caller: pointers and sizes of the shard and of its factors.

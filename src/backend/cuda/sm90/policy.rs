@@ -238,6 +238,45 @@ pub fn parse(text: &str) -> Option<Tile> {
     known.then_some(tile)
 }
 
+/// What [`OVERRIDE`] says, if it is set: a tile, or none that fits.
+fn named(streams: &Streams, most_shared: u32) -> Option<Option<Tile>> {
+    let text = std::env::var(OVERRIDE).ok()?;
+    let tile = parse(&text).filter(|tile| {
+        shared_bytes(tile, streams) <= most_shared && (!streams.q8 || tile.chunk_cols == 128)
+    });
+    if tile.is_none() {
+        tracing::warn!(target: "forge", "{OVERRIDE}={text}: no tile that fits; the panel path is taken");
+    }
+    Some(tile)
+}
+
+fn preferences(streams: &Streams) -> &'static [Preference] {
+    if streams.q8 { &Q8 } else { &PREFERENCES }
+}
+
+/// The preferred tile for so many tokens that fits, and the narrower one that some shapes are given.
+fn preferred(tokens: u64, streams: &Streams, most_shared: u32) -> Option<(Tile, Option<Tile>)> {
+    let fits = |tile: &&Tile| shared_bytes(tile, streams) <= most_shared;
+    let preference = preferences(streams).iter().find(|p| tokens <= p.most_tokens)?;
+    let mut tiles = preference.tiles.iter().filter(fits);
+    let first = *tiles.next()?;
+    Some((first, tiles.find(|t| t.cols < first.cols).copied()))
+}
+
+/// One number of tokens of each range for which choices may differ.
+pub fn token_counts(streams: &Streams) -> Vec<u64> {
+    preferences(streams).iter().map(|p| p.most_tokens).collect()
+}
+
+/// The tiles that some shape is given with so many tokens.
+pub fn candidates(tokens: u64, streams: &Streams, most_shared: u32) -> Vec<Tile> {
+    if let Some(tile) = named(streams, most_shared) {
+        return tile.into_iter().collect();
+    }
+    let Some((first, narrow)) = preferred(tokens, streams, most_shared) else { return Vec::new() };
+    [first].into_iter().chain(narrow).collect()
+}
+
 /// The tile for a shape, or none where no tile's chunks fit into `most_shared` bytes.
 pub fn choose(
     rows: u64,
@@ -247,23 +286,14 @@ pub fn choose(
     sm_count: u32,
     most_shared: u32,
 ) -> Option<Tile> {
-    let fits = |tile: &&Tile| shared_bytes(tile, streams) <= most_shared;
-    if let Ok(text) = std::env::var(OVERRIDE) {
-        let tile = parse(&text).filter(|t| fits(&t) && (!streams.q8 || t.chunk_cols == 128));
-        if tile.is_none() {
-            tracing::warn!(target: "forge", "{OVERRIDE}={text}: no tile that fits; the panel path is taken");
-        }
+    if let Some(tile) = named(streams, most_shared) {
         return tile;
     }
-    let preferences: &[Preference] = if streams.q8 { &Q8 } else { &PREFERENCES };
-    let preference = preferences.iter().find(|p| tokens <= p.most_tokens)?;
-    let mut tiles = preference.tiles.iter().filter(fits);
-    let first = *tiles.next()?;
+    let (first, narrow) = preferred(tokens, streams, most_shared)?;
     // An eighth more waves eats up what the wider tile saves.
-    let narrow = tiles.find(|t| t.cols < first.cols);
     let most = work(&first, rows, cols, sm_count);
     Some(match narrow {
-        Some(other) if work(other, rows, cols, sm_count) * 9 / 8 <= most => *other,
+        Some(other) if work(&other, rows, cols, sm_count) * 9 / 8 <= most => other,
         _ => first,
     })
 }

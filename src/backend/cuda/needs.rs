@@ -1,0 +1,210 @@
+//! Every image that the calls of a linear may ask for: what `forge_warm` compiles ahead of time. The
+//! defines come from the functions that the calls themselves use; what is repeated here is which call
+//! takes which way. A new kernel, or a new way, is added to [`needs`].
+
+use super::images::Need;
+use super::sm90::{self, Mode, Specialisation, Streams, policy};
+use super::{elementwise, exact, reduce, sources, specialise};
+use crate::backend::warm::Work;
+use crate::backend::{Image, Shard};
+use crate::format::Dtype;
+use std::collections::BTreeSet;
+
+/// What of a GPU decides on kernels and tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub sm_count: u32,
+    /// Largest dynamic shared memory of a block, in bytes.
+    pub shared_memory_per_block: u32,
+}
+
+impl Target {
+    /// As most GPUs of a compute capability are.
+    pub fn typical(capability: (i32, i32)) -> Self {
+        // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; A100, RTX 3090,
+        // L40S, H100 and H200 SXM, B200, RTX PRO 6000.
+        let (sm_count, kib) = match capability {
+            (8, 0) => (108, 163),
+            (8, 7) => (16, 163),
+            (8, 6) => (82, 99),
+            (8, _) => (142, 99),
+            (9, _) => (132, 227),
+            (10 | 11, _) => (148, 227),
+            _ => (188, 99),
+        };
+        Self { capability, sm_count, shared_memory_per_block: kib << 10 }
+    }
+}
+
+/// A list without repetitions.
+#[derive(Default)]
+struct List(Vec<Need>);
+
+impl List {
+    fn add(&mut self, need: Need) {
+        if !self.0.iter().any(|n| n.source == need.source && n.defines == need.defines) {
+            self.0.push(need);
+        }
+    }
+}
+
+/// The images that the calls of `work` need on a GPU, each once.
+pub fn needs(target: &Target, work: &Work) -> Vec<Need> {
+    let mut list = List::default();
+    shared(&mut list, work);
+    updates(&mut list, work);
+    if sm90::may_take(target.capability, work.scheme.factor_dtype) {
+        fused_sm90(&mut list, target, work);
+    }
+    list.0
+}
+
+/// What many linears have in common: reports and norms, dgrad, bias, images.
+fn shared(list: &mut List, work: &Work) {
+    let scheme = &work.scheme;
+    let factor = scheme.factor_dtype;
+    list.add(Need::new(sources::REDUCE, vec![], "reports and norms"));
+    list.add(Need::new(sources::BIAS, reduce::bias_defines(scheme), "bias gradient"));
+    // cuBLASLt takes most products of 16-bit factors; whether all, only it can say.
+    let weight = scheme.weight_format.model_dtype();
+    let wgrad = exact::Types { left: factor, right: factor, out: Dtype::F32 };
+    let dgrad = exact::Types { left: factor, right: weight, out: factor };
+    let one_row = work.shards.iter().any(|s| s.rows == 1);
+    let lefts: &[bool] = if one_row { &[false, true] } else { &[false] };
+    list.add(Need::new(sources::EXACT, exact::defines(wgrad, [true, true]), "exact product of dW"));
+    for left in lefts {
+        let defines = exact::defines(dgrad, [*left, true]);
+        list.add(Need::new(sources::EXACT, defines, "exact product of dX"));
+    }
+    let states = (0..scheme.n_states).map(Image::State);
+    for image in [Image::Weight].into_iter().chain(states) {
+        let what = match image {
+            Image::Weight => "checkpoint image of the weight",
+            Image::State(_) => "checkpoint image of a state",
+        };
+        list.add(Need::new(sources::IMAGE, reduce::image_defines(scheme, image), what));
+    }
+}
+
+/// The element-wise kernel, and the scalars of a step from device memory.
+fn updates(list: &mut List, work: &Work) {
+    let scheme = &work.scheme;
+    let name = specialise::name(scheme);
+    // A rule of the caller's own is checked by compiling it there.
+    if work.device_scalars || scheme.rule.user().is_some() {
+        let what = format!("scalars of a step, {name}");
+        list.add(Need::new(sources::PROLOGUE, specialise::rule(scheme), what));
+    }
+    let mut runs: Vec<bool> = work.shards.iter().map(elementwise::has_runs).collect();
+    if runs.is_empty() {
+        runs = vec![true, false];
+    }
+    for vector in runs {
+        let what =
+            format!("element-wise update{}, {name}", if vector { "" } else { " (ragged rows)" });
+        list.add(Need::new(sources::ELEMENTWISE, elementwise::defines(scheme, vector), what));
+    }
+}
+
+/// A call: the segments that there is room for, and its tokens, None: any number.
+type Call = (usize, Option<u64>);
+
+/// The calls over factors: one micro-batch at a time, and all of a step together.
+fn calls(work: &Work) -> Vec<Call> {
+    let counts = match work.micro_batches {
+        Some(n) => vec![1, n as usize],
+        None => (1..=sm90::MOST_SEGMENTS).collect(),
+    };
+    let mut calls: Vec<Call> = counts
+        .into_iter()
+        .filter(|n| (1..=sm90::MOST_SEGMENTS).contains(n))
+        .map(|n| (sm90::room(n), work.tokens.map(|t| t.saturating_mul(n as u64))))
+        .collect();
+    calls.sort_unstable();
+    calls.dedup();
+    calls
+}
+
+/// The fused kernel of compute capability 9.0: updates, accumulation and norms.
+fn fused_sm90(list: &mut List, target: &Target, work: &Work) {
+    let scheme = &work.scheme;
+    let shards: Vec<&Shard> = work.shards.iter().filter(|s| sm90::fits(scheme, s)).collect();
+    if shards.is_empty() && !work.shards.is_empty() {
+        return;
+    }
+    // Without a shape draws may come in whole blocks or not.
+    let mut draws: Vec<bool> = shards.iter().map(|s| sm90::whole_draws(s)).collect();
+    if draws.is_empty() {
+        draws = vec![true, false];
+    }
+    draws.sort_unstable();
+    draws.dedup();
+    let steps: &[bool] = if work.device_scalars { &[false, true] } else { &[false] };
+    for (mode, accumulator, name) in [
+        (Mode::Update, false, "update"),
+        (Mode::Update, true, "update with a buffer"),
+        (Mode::Accumulate, true, "accumulation"),
+        (Mode::Norm, false, "norm"),
+        (Mode::Norm, true, "norm with a buffer"),
+    ] {
+        let streams = Streams::of(scheme, mode, accumulator);
+        let updates = mode == Mode::Update;
+        let (draws, steps) =
+            if updates { (&draws[..], steps) } else { (&[true][..], &[false][..]) };
+        let scheme_name = if updates { specialise::name(scheme) } else { String::new() };
+        for (segments, tokens) in calls(work) {
+            for tile in tiles(target, &shards, tokens, &streams) {
+                for (whole_draws, device_step) in
+                    draws.iter().flat_map(|d| steps.iter().map(|s| (*d, *s)))
+                {
+                    let special = Specialisation {
+                        mode,
+                        tile,
+                        accumulator,
+                        whole_draws,
+                        device_step,
+                        segments,
+                    };
+                    let what = format!(
+                        "fused {name}, tiles of {}×{}, {}{}{scheme_name}",
+                        policy::TILE_ROWS,
+                        tile.cols,
+                        if segments == 1 {
+                            "1 segment".into()
+                        } else {
+                            format!("{segments} segments")
+                        },
+                        if updates { ", " } else { "" },
+                    );
+                    list.add(Need::new(sources::WGRAD_SM90, special.defines(scheme), what));
+                }
+            }
+        }
+    }
+}
+
+/// The tiles that the policy may choose; `shards` empty: for any shape.
+fn tiles(
+    target: &Target,
+    shards: &[&Shard],
+    tokens: Option<u64>,
+    streams: &Streams,
+) -> Vec<policy::Tile> {
+    let Target { sm_count, shared_memory_per_block: most, .. } = *target;
+    let shapes: BTreeSet<(usize, usize)> = shards.iter().map(|s| (s.rows, s.cols)).collect();
+    let tokens = tokens.map_or_else(|| policy::token_counts(streams), |t| vec![t]);
+    let mut tiles = Vec::new();
+    for tokens in tokens {
+        if shapes.is_empty() {
+            tiles.extend(policy::candidates(tokens, streams, most));
+        }
+        for (rows, cols) in &shapes {
+            let (rows, cols) = (*rows as u64, *cols as u64);
+            tiles.extend(policy::choose(rows, cols, tokens, streams, sm_count, most));
+        }
+    }
+    tiles
+}
