@@ -10,6 +10,9 @@ fn main() {
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
         let major = env::var("CARGO_PKG_VERSION_MAJOR").expect("cargo sets it");
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libforge.so.{major}");
+        // An unload would take the code away from under threads that end later, and from under what
+        // they have registered for their end (thread-local values): dlclose leaves it in place.
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     }
     let header = fs::read_to_string("include/forge.h").expect("include/forge.h is checked in");
     let target = target_directory();

@@ -21,4 +21,5 @@ pub mod format;
 pub mod linear;
 mod log;
 pub mod philox;
+mod process;
 pub mod rule;

@@ -1,24 +1,34 @@
 //! Log lines go through `tracing`; in a C program, to the caller's callback.
 
+use crate::process::PerProcess;
 use std::ffi::{CStr, CString};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Once, RwLock};
+use std::sync::{Arc, Once, RwLock};
 use tracing::field::{Field, Visit};
 use tracing::span;
 
 /// `(level 1..=5, target, message)`.
-pub type Sink = Box<dyn Fn(u32, &CStr, &CStr) + Send + Sync>;
+pub type Sink = Arc<dyn Fn(u32, &CStr, &CStr) + Send + Sync>;
 
-static SINK: RwLock<Option<Sink>> = RwLock::new(None);
+/// A process' own, because a fork can come while another thread holds the lock.
+static SINK: PerProcess<RwLock<Option<Sink>>> = PerProcess::new();
 static MAX_LEVEL: AtomicU32 = AtomicU32::new(0);
+
+/// This process' sink: a fork begins with that of its parent, unless it was just being replaced.
+fn sink() -> &'static RwLock<Option<Sink>> {
+    SINK.get_or_make(|parents| {
+        let inherited = parents.and_then(|sink| sink.try_read().ok()?.clone());
+        RwLock::new(inherited)
+    })
+}
 
 /// Replaces the sink. The first call installs the subscriber, unless the program (a Rust one) has
 /// its own, which then goes on to receive everything.
 pub fn set_sink(sink: Option<Sink>, max_level: u32) {
     static INSTALL: Once = Once::new();
     MAX_LEVEL.store(if sink.is_some() { max_level } else { 0 }, Ordering::Relaxed);
-    *SINK.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = sink;
+    *self::sink().write().unwrap_or_else(|poisoned| poisoned.into_inner()) = sink;
     INSTALL.call_once(|| {
         // An error says that there is a subscriber already: see above.
         let _ = tracing::subscriber::set_global_default(ToSink);
@@ -58,8 +68,9 @@ impl tracing::Subscriber for ToSink {
         event.record(&mut message);
         let target = CString::new(event.metadata().target()).unwrap_or_default();
         let text = CString::new(message.0.replace('\0', "")).unwrap_or_default();
-        let sink = SINK.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(sink) = sink.as_ref() {
+        // Not called under the lock: a callback may replace itself.
+        let sink = sink().read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        if let Some(sink) = sink {
             sink(number(event.metadata().level()), &target, &text);
         }
     }

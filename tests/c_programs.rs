@@ -124,6 +124,32 @@ fn host_comm() {
 }
 
 #[test]
+fn threads() {
+    build_and_run("threads.c");
+}
+
+#[test]
+fn fork() {
+    build_and_run("fork.c");
+}
+
+/// Not linked against the library: it opens it itself.
+#[cfg(target_os = "linux")]
+#[test]
+fn unload() {
+    let library = library_directory().join("libforge.so");
+    let program = scratch_directory("program-unload.c").join("program");
+    run(compiler(&root().join("tests/c/unload.c"))
+        .arg("-I")
+        .arg(root().join("include"))
+        .args(["-ldl", "-o"])
+        .arg(&program));
+    run(Command::new(program).arg(&library));
+    let dynamic = run(Command::new("readelf").arg("-d").arg(&library));
+    assert!(dynamic.contains("NODELETE"), "dlclose would unmap it:\n{dynamic}");
+}
+
+#[test]
 fn every_program_is_a_test() {
     let mut programs: Vec<_> = std::fs::read_dir(root().join("tests/c"))
         .unwrap()
@@ -136,8 +162,11 @@ fn every_program_is_a_test() {
         "deferred_clip.c",
         "doc_example.c",
         "errors.c",
+        "fork.c",
         "host_comm.cpp",
+        "threads.c",
         "train_two_layer.c",
+        "unload.c",
     ];
     assert_eq!(programs, tested);
 }

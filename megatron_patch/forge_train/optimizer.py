@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -190,10 +190,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         Nothing changes if this raises.
 
         Raises:
-            ValueError: groups, shapes or formats do not fit; the message names what.
+            ValueError: groups, options, shapes or formats do not fit, or it is no such state at
+                all; the message names what.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        own = _check_structure(state_dict)
         saved_groups, saved = state_dict["param_groups"], state_dict["state"]
         self._check_groups(saved_groups)
         work = []
@@ -204,7 +206,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                     work.append(load_state(weight, saved.get(number, {})))
         for commit in work:
             commit()
-        own = state_dict.get("forge", {})
         self.engine.seed = own.get("seed", self.engine.seed)
         self.engine.skipped_steps = own.get("skipped_steps", self.engine.skipped_steps)
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
@@ -225,6 +226,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             options = {key: saved.get(key, group[key]) for key in self.rule.options}
+            for key, default in self.rule.options.items():
+                if not _same_kind(options[key], default):
+                    raise ValueError(
+                        f"load_state_dict: param group {index} was saved with "
+                        f"{key}={options[key]!r}, which is not of the kind of {default!r}"
+                    )
             name = self.rule.name
             # torch's groups say so of rules that have it; the others cannot follow.
             lost = saved.get("amsgrad") and "amsgrad" not in self.rule.options
@@ -234,6 +241,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{type(self.rule).__name__} was fused with (amsgrad, maximize, nesterov, or "
                     "momentum on or off); fuse() with the saved ones"
                 )
+            self._check_options(index, group, options)
+
+    def _check_options(self, index: int, group: dict[str, Any], options: dict[str, Any]) -> None:
+        """Ask the library of the saved numbers what it would say of them at the next step."""
+        weights = [self._weights[p] for p in group["params"] if p in self._weights]
+        for weight in weights[:1]:
+            try:
+                weight.linear.scalars({**group, **options}, step=1, seed=0)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"load_state_dict: param group {index} has options that its rule does not "
+                    f"take: {error}"
+                ) from error
 
     def _numbers(self) -> dict[torch.Tensor, int]:
         """torch.optim's numbering: parameters in the order of the groups."""
@@ -255,3 +275,46 @@ class FusedOptimizer(torch.optim.Optimizer):
             TypeError: always.
         """
         raise TypeError("FusedOptimizer cannot be pickled or copied; save its state_dict()")
+
+
+def _same_kind(saved: Any, default: Any) -> bool:
+    """Whether a saved option is what the rule's default is: a flag, a number or several."""
+    if isinstance(default, bool):
+        return isinstance(saved, bool)
+    if isinstance(default, tuple):
+        alike = isinstance(saved, (list, tuple)) and len(saved) == len(default)
+        return alike and all(map(_same_kind, saved, default))
+    if isinstance(default, (int, float)):
+        # A learning rate may be a tensor.
+        one = isinstance(saved, torch.Tensor) and saved.numel() == 1 and not saved.is_meta
+        return one or isinstance(saved, (int, float))
+    return True
+
+
+def _check_structure(state_dict: Any) -> Mapping[str, Any]:
+    """Check that it is the state of an optimizer; returns FORGE's own part of it.
+
+    Raises:
+        ValueError: it is something else, or a damaged one.
+    """
+
+    def require(fits: bool, what: str) -> None:
+        if not fits:
+            raise ValueError(f"load_state_dict: {what}; this is not an optimizer's state_dict()")
+
+    require(isinstance(state_dict, Mapping), f"a {type(state_dict).__name__} was given")
+    require(isinstance(state_dict.get("state"), Mapping), "'state' is no dict")
+    groups = state_dict.get("param_groups")
+    require(isinstance(groups, (list, tuple)), "'param_groups' is no list")
+    for index, group in enumerate(groups):
+        require(isinstance(group, Mapping), f"param group {index} is no dict")
+        numbers = group.get("params")
+        fits = isinstance(numbers, (list, tuple)) and all(isinstance(n, int) for n in numbers)
+        require(fits, f"'params' of param group {index} is no list of numbers")
+    own = state_dict.get("forge", {})
+    require(isinstance(own, Mapping), "'forge' is no dict")
+    for key in ("seed", "skipped_steps"):
+        number = own.get(key, 0)
+        fits = isinstance(number, int) and 0 <= number < 2**64
+        require(fits, f"'{key}' is {number!r}")
+    return own

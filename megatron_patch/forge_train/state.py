@@ -11,6 +11,8 @@ import torch
 from .weights import Weight
 
 _EXTRA = "weight_extra"
+_MOST_STEPS = 2**32 - 1
+"""The library counts steps in 32 bits."""
 
 
 def state_of(weight: Weight) -> dict[str, torch.Tensor]:
@@ -42,8 +44,10 @@ def load_state(weight: Weight, entry: Mapping[str, Any]) -> Callable[[], None]:
         A function that writes the entry into the weight.
 
     Raises:
-        ValueError: a state is missing, or its shape or format does not fit.
+        ValueError: a state is missing, is no tensor, or its shape or format does not fit.
     """
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{weight.name}: the saved entry is {type(entry).__name__}, not a dict")
     storage, linear = weight.storage, weight.linear
     names = linear.rule.state_names
     actions: list[Callable[[], object]] = []
@@ -51,7 +55,7 @@ def load_state(weight: Weight, entry: Mapping[str, Any]) -> Callable[[], None]:
         # torch saves momentum_buffer=None for a parameter whose buffer does not exist yet.
         fresh = all(entry.get(name) is None for name in names)
         # torch's SGD counts no steps; any count above 0 says that the buffer is in use.
-        step = int(entry.get("step", 0 if fresh else 1))
+        step = _step(weight, entry.get("step", 0 if fresh else 1))
     else:
         fresh, step = True, 0
     for index, name in enumerate(names):
@@ -70,6 +74,7 @@ def load_state(weight: Weight, entry: Mapping[str, Any]) -> Callable[[], None]:
             actions.append(scale.zero_)
     extra, saved_extra = storage.weight_extra, entry.get(_EXTRA)
     if extra is not None and saved_extra is not None:
+        _require_tensor(weight, _EXTRA, saved_extra)
         if saved_extra.dtype != extra.dtype or saved_extra.numel() != extra.numel():
             raise ValueError(
                 f"{weight.name}: the saved master is {saved_extra.dtype} of shape "
@@ -88,13 +93,45 @@ def load_state(weight: Weight, entry: Mapping[str, Any]) -> Callable[[], None]:
     return commit
 
 
+def _check_scale(weight: Weight, name: str, saved: Any, scale: torch.Tensor) -> None:
+    """Refuse scales that no state has: they would be copied, or broadcast, without a word."""
+    _require_tensor(weight, name, saved)
+    if saved.dtype != scale.dtype or saved.shape != scale.shape:
+        raise ValueError(
+            f"{weight.name}: {name!r} was saved as {saved.dtype} of shape {tuple(saved.shape)}, "
+            f"{scale.dtype} of shape {tuple(scale.shape)} is needed"
+        )
+    if not bool(((saved >= 0) & saved.isfinite()).all()):
+        raise ValueError(f"{weight.name}: {name!r} holds what is no scale: it is corrupted")
+
+
+def _step(weight: Weight, saved: object) -> int:
+    """The saved count of steps: a number, or a tensor of one as torch saves it."""
+    if isinstance(saved, torch.Tensor) and saved.numel() == 1 and not saved.is_meta:
+        saved = saved.item()
+    if isinstance(saved, (int, float)) and 0 <= saved <= _MOST_STEPS and saved == int(saved):
+        return int(saved)
+    raise ValueError(f"{weight.name}: the saved step is {saved!r}, not a count of steps")
+
+
+def _require_tensor(weight: Weight, name: str, saved: object) -> None:
+    """Refuse what cannot be copied from: before anything is written."""
+    if not isinstance(saved, torch.Tensor):
+        raise ValueError(f"{weight.name}: the saved {name!r} is {type(saved).__name__}, no tensor")
+    if saved.layout != torch.strided or saved.is_meta:
+        raise ValueError(f"{weight.name}: the saved {name!r} is {saved.layout} on {saved.device}")
+
+
 def _load_array(
     weight: Weight, index: int, name: str, saved: torch.Tensor, saved_scale: torch.Tensor | None
 ) -> Callable[[], None]:
     """Write one state: as stored, or from fp32."""
     state, scale = weight.storage.states[index], weight.storage.scales[index]
-    same = saved.dtype == state.dtype and saved.numel() == state.numel()
+    _require_tensor(weight, name, saved)
+    same = saved.dtype == state.dtype and saved.shape in (state.shape, weight.parameter.shape)
     if same and (scale is None) == (saved_scale is None):
+        if scale is not None:
+            _check_scale(weight, f"{name}_scale", saved_scale, scale)
 
         def copy() -> None:
             state.copy_(saved.reshape(state.shape))

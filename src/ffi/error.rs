@@ -59,7 +59,7 @@ pub extern "C" fn forge_set_log_callback(
         }
         let sink = callback.map(|callback| {
             let user = User(user);
-            Box::new(move |level: u32, target: &CStr, message: &CStr| {
+            std::sync::Arc::new(move |level: u32, target: &CStr, message: &CStr| {
                 // SAFETY: the caller promises a callback that may be called from any thread until it
                 // is replaced; the strings live during the call.
                 unsafe { callback(user.get(), level, target.as_ptr(), message.as_ptr()) }

@@ -239,8 +239,11 @@ pub unsafe extern "C" fn forge_linear_backward(
             let work =
                 Backward { tokens, dy, x, dx, dbias, workspace, arrays, mode, deliver, stream };
             let done = linear.backward(&work)?;
-            if deliver.host || matches!(mode, Mode::Update { .. }) {
+            if matches!(mode, Mode::Update { .. }) {
                 write_reports(linear, report, b.device_report, done);
+            } else {
+                // As on a device, where nothing runs that would write one.
+                write_reports(linear, report, null_mut(), None);
             }
             Ok(())
         }

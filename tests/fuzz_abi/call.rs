@@ -15,6 +15,7 @@ pub enum Op {
     Update,
     Accumulate,
     Norm,
+    NormAsync,
     CheckStep,
     ExportWeight,
     ImportWeight,
@@ -31,6 +32,7 @@ pub const OPS: &[Op] = &[
     Op::Update,
     Op::Accumulate,
     Op::Norm,
+    Op::NormAsync,
     Op::CheckStep,
     Op::ExportWeight,
     Op::ImportWeight,
@@ -140,13 +142,16 @@ pub struct Call {
     /// Report or norm: in the first two memories.
     pub report: Arg,
     pub out: Arg,
+    /// In the third memory; NULL where none is wanted.
+    pub device_report: Pointer,
     /// Whether all inputs are finite.
     pub finite: bool,
 }
 
-/// Index of the report's memory, and of the norm's.
+/// Indices of the memories of the report, the norm, and the report for the device.
 const REPORT: usize = 0;
 const OUT: usize = 1;
+const DEVICE_REPORT: usize = 2;
 
 impl Call {
     /// Whether it reads a step.
@@ -155,7 +160,7 @@ impl Call {
     }
 
     pub fn has_segments(&self) -> bool {
-        matches!(self.op, Op::Update | Op::Accumulate | Op::Norm)
+        matches!(self.op, Op::Update | Op::Accumulate | Op::Norm | Op::NormAsync)
     }
 
     pub fn is_image(&self) -> bool {
@@ -200,6 +205,12 @@ impl Call {
         (self.report.pointer == Pointer::Good).then(|| self.memories[REPORT].read())
     }
 
+    /// What an update has left in the backend's memory, where it was asked to.
+    pub fn device_report_value(&self) -> Option<forge_report> {
+        let wanted = self.device_report == Pointer::Good && self.updates();
+        wanted.then(|| self.memories[DEVICE_REPORT].read())
+    }
+
     pub fn norm_value(&self) -> forge_norm {
         self.memories[OUT].read()
     }
@@ -208,7 +219,8 @@ impl Call {
     pub fn may_write(&self, memory: usize) -> bool {
         match memory {
             REPORT => matches!(self.op, Op::Backward | Op::Update),
-            OUT => self.op == Op::Norm,
+            OUT => matches!(self.op, Op::Norm | Op::NormAsync),
+            DEVICE_REPORT => self.updates() && self.op != Op::CheckStep,
             _ => self.slots.iter().any(|s| s.memory == memory && s.written),
         }
     }
@@ -255,6 +267,8 @@ impl Call {
         let report = self.report.pointer.of(self.memories[REPORT].ptr().cast::<forge_report>());
         let report = report.cast_mut();
         let out = self.out.pointer.of(self.memories[OUT].ptr().cast::<forge_norm>()).cast_mut();
+        let device_report = self.memories[DEVICE_REPORT].ptr().cast::<forge_report>();
+        let device_report = self.device_report.of(device_report.cast_const()).cast_mut();
         let stream = std::ptr::without_provenance_mut(self.stream);
         // SAFETY: what is passed is what the ABI asks for, or wrong in a way that it must notice
         // before it looks at memory; that is the test.
@@ -276,6 +290,7 @@ impl Call {
                     backward.accumulator = self.mutable(Role::Accumulator);
                     backward.parameter = if self.uses_parameter() { parameter } else { null() };
                     backward.step = if self.updates() { step } else { null() };
+                    backward.device_report = device_report;
                     let backward = self.main.pointer.of(&backward);
                     forge_linear_backward(linear, backward, report, stream)
                 }
@@ -292,24 +307,21 @@ impl Call {
                     update.accumulator = self.constant(Role::Accumulator);
                     update.parameter = parameter;
                     update.step = step;
+                    update.device_report = device_report;
                     forge_linear_update(linear, self.main.pointer.of(&update), report, stream)
                 }
                 Op::Accumulate => {
                     let accumulator = self.mutable(Role::Accumulator);
                     forge_linear_accumulate(linear, segments, n_segments, accumulator, stream)
                 }
-                Op::Norm => {
+                Op::Norm | Op::NormAsync => {
                     let accumulator = self.constant(Role::Accumulator);
-                    let method = self.method;
-                    forge_linear_norm(
-                        linear,
-                        segments,
-                        n_segments,
-                        accumulator,
-                        method,
-                        out,
-                        stream,
-                    )
+                    let norm = if self.op == Op::Norm {
+                        forge_linear_norm
+                    } else {
+                        forge_linear_norm_async
+                    };
+                    norm(linear, segments, n_segments, accumulator, self.method, out, stream)
                 }
                 Op::CheckStep => forge_linear_check_step(linear, step),
                 Op::ExportWeight => {

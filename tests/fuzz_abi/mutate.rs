@@ -73,10 +73,17 @@ fn spoil_struct(call: &mut Call, random: &mut Random) -> Option<Expected> {
         Op::Backward => args.push(("backward", &mut call.main)),
         Op::Update => args.push(("update", &mut call.main)),
         Op::Norm => args.push(("out", &mut call.out)),
+        Op::NormAsync => args.push(("device_out", &mut call.out)),
         _ => {}
     }
-    if matches!(call.op, Op::Backward | Op::Update) && call.report.pointer == Pointer::Good {
-        args.push(("report", &mut call.report));
+    if matches!(call.op, Op::Backward | Op::Update) {
+        if random.percent(10) {
+            call.device_report = Pointer::Misaligned;
+            return expect(FORGE_ERROR_MISALIGNED, "device_report");
+        }
+        if call.report.pointer == Pointer::Good {
+            args.push(("report", &mut call.report));
+        }
     }
     if args.is_empty() {
         return None;
@@ -84,7 +91,9 @@ fn spoil_struct(call: &mut Call, random: &mut Random) -> Option<Expected> {
     let which = random.below(args.len());
     let (name, arg) = &mut args[which];
     let optional = *name == "report" && pointer == Pointer::Null;
-    if optional || random.percent(40) {
+    // The host does not look into the backend's memory.
+    let has_size = *name != "device_out";
+    if has_size && (optional || random.percent(40)) {
         // None of these structs has one of these sizes.
         arg.size = Some(random.pick(&[0, 4, 12, 20, 1001, u32::MAX]));
         return expect(FORGE_ERROR_STRUCT_SIZE, *name);
@@ -132,7 +141,7 @@ fn spoil_enum(call: &mut Call, random: &mut Random) -> Option<Expected> {
             call.mode = unknown;
             expect(FORGE_ERROR_ENUM, "mode")
         }
-        Op::Norm => {
+        Op::Norm | Op::NormAsync => {
             call.method = unknown;
             expect(FORGE_ERROR_ENUM, "method")
         }

@@ -13,7 +13,8 @@ use forge::ffi::error::*;
 use forge::ffi::linear::*;
 use forge::ffi::rule::*;
 use forge::ffi::types::*;
-use std::ffi::{CString, c_char};
+use forge::ffi::{FORGE_ABI_VERSION, forge_abi_version, forge_version};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::{null, null_mut};
 
 fn wrong(status: forge_status, naming: &str) -> Option<Expected> {
@@ -65,7 +66,9 @@ fn call(
 /// One random call.
 pub fn random_call(contexts: &[Context], world: &World, random: &mut Random, tally: &mut Tally) {
     let spoilt = random.percent(60);
-    match random.below(10) {
+    match random.below(12) {
+        10 => workspace(&contexts[0], random, tally, spoilt),
+        11 => texts(random),
         0 => context(random, tally, spoilt),
         1 => comm(&contexts[0], random, tally, spoilt),
         2..=4 => linear(&contexts[0], world, random, tally, spoilt),
@@ -157,9 +160,16 @@ fn comm(context: &Context, random: &mut Random, tally: &mut Tally, spoilt: bool)
             }
         };
     }
+    let solo = matches!(expected, None | Some(Expected { status: FORGE_ERROR_NULL, .. }))
+        && (owner.is_null() || expected.is_none())
+        && random.percent(30);
     // SAFETY: as above.
     let status = call(tally, expected, &out, || unsafe {
-        forge_comm_new_host(owner, rank, size, pointer.of(&host), out.ptr())
+        if solo {
+            forge_comm_new_solo(owner, out.ptr())
+        } else {
+            forge_comm_new_host(owner, rank, size, pointer.of(&host), out.ptr())
+        }
     });
     if status == FORGE_OK {
         // SAFETY: just made.
@@ -167,7 +177,47 @@ fn comm(context: &Context, random: &mut Random, tally: &mut Tally, spoilt: bool)
     }
 }
 
+/// What a context wants of a workspace, and lending it one: nothing on the CPU, and any is taken.
+fn workspace(context: &Context, random: &mut Random, tally: &mut Tally, spoilt: bool) {
+    let mut out = Out::new(u64::MAX);
+    let spoilt_context = spoilt && random.percent(50);
+    let owner = if spoilt_context { null_mut() } else { context.0 };
+    let expected = match (spoilt_context, spoilt) {
+        (true, _) => wrong(FORGE_ERROR_NULL, "context"),
+        (_, true) => out.spoil(random, "out_bytes"),
+        _ => None,
+    };
+    // SAFETY: as above.
+    let make = || unsafe { forge_context_workspace_bytes(owner, out.ptr()) };
+    if call(tally, expected, &out, make) == FORGE_OK {
+        assert_eq!(out.memory.read::<u64>(), 0);
+    }
+    let lent = Guarded::new(random.pick(&[0, 1, 256]));
+    let data = random.pick(&[null_mut(), lent.ptr(), lent.ptr().wrapping_add(1)]);
+    let bytes = if data == lent.ptr() { lent.bytes() as u64 } else { 0 };
+    let expected = spoilt_context.then(|| wrong(FORGE_ERROR_NULL, "context")).flatten();
+    let workspace = forge_buffer { data: data.cast(), bytes };
+    // SAFETY: as above.
+    let make = || unsafe { forge_context_set_workspace(owner, workspace) };
+    call(tally, expected, &Out { memory: lent, offset: Some(0) }, make);
+}
+
+/// Strings that the library has for any number.
+fn texts(random: &mut Random) {
+    let number = random.any() as u32;
+    // SAFETY: both are never NULL and NUL-terminated.
+    let (name, version) =
+        unsafe { (CStr::from_ptr(forge_status_name(number)), CStr::from_ptr(forge_version())) };
+    let known = forge_status::ALL.iter().any(|s| *s as u32 == number);
+    assert_eq!(known, name != c"FORGE_UNKNOWN_STATUS");
+    assert_eq!(version.to_bytes().split(|b| *b == b'.').count(), 3, "{version:?}");
+    assert_eq!(forge_abi_version(), FORGE_ABI_VERSION);
+}
+
 fn linear(context: &Context, world: &World, random: &mut Random, tally: &mut Tally, spoilt: bool) {
+    if world.comm.is_null() {
+        return;
+    }
     let mut out = Out::new::<*mut forge_linear>(null_mut());
     let (mut c, name) = random_config(random, world.rank.size);
     c.rule = name.as_ptr();
@@ -425,12 +475,26 @@ fn rules(random: &mut Random, tally: &mut Tally, spoilt: bool) {
     });
 }
 
+/// A log callback that looks at all it is given.
+unsafe extern "C" fn read_line(
+    _: *mut c_void,
+    level: u32,
+    target: *const c_char,
+    message: *const c_char,
+) {
+    // SAFETY: both live during the call and end in NUL, as the header says.
+    let (target, message) = unsafe { (CStr::from_ptr(target), CStr::from_ptr(message)) };
+    assert!((1..=5).contains(&level) && !target.is_empty());
+    assert!(message.to_str().is_ok());
+}
+
 fn scalars(random: &mut Random, tally: &mut Tally, spoilt: bool) {
     if random.percent(20) {
         let level = if spoilt { 6 + random.below(100) as u32 } else { random.below(6) as u32 };
         let expected = spoilt.then(|| wrong(FORGE_ERROR_ENUM, "max_level")).flatten();
         let out = Out::new(0u64);
-        call(tally, expected, &out, || forge_set_log_callback(None, null_mut(), level));
+        let callback: forge_log_callback = if random.percent(50) { Some(read_line) } else { None };
+        call(tally, expected, &out, || forge_set_log_callback(callback, null_mut(), level));
         return;
     }
     let mut norm = Out::new(0.0f64);

@@ -49,7 +49,7 @@ pub fn check(call: &Call, world: &World, before: &[Vec<u8>], after: &[Vec<u8>]) 
         }
         Op::Update => view.check_update(),
         Op::Accumulate => view.check_accumulator(),
-        Op::Norm => view.check_norm(),
+        Op::Norm | Op::NormAsync => view.check_norm(),
         Op::CheckStep => false,
         Op::ExportWeight | Op::ImportWeight => view.check_weight_image(),
         Op::ExportState | Op::ImportState => view.check_state_image(),

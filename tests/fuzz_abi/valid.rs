@@ -29,6 +29,7 @@ impl Call {
             memories: vec![
                 Guarded::holding(sized::<forge_report>()),
                 Guarded::holding(sized::<forge_norm>()),
+                Guarded::new(size_of::<forge_report>()),
             ],
             mode: random.pick(&[0, 0, 1, 2]),
             method: random.pick(&[0, 1, 2]),
@@ -42,6 +43,7 @@ impl Call {
             step: GOOD,
             report: GOOD,
             out: GOOD,
+            device_report: if random.percent(30) { Pointer::Good } else { Pointer::Null },
             finite: true,
         };
         if random.percent(20) {
@@ -57,7 +59,7 @@ impl Call {
                 call.add_parameter(world, true, random);
                 call.add_dx(world, tokens, true);
             }
-            Op::Update | Op::Accumulate | Op::Norm => {
+            Op::Update | Op::Accumulate | Op::Norm | Op::NormAsync => {
                 for k in 0..random.below(4) {
                     let tokens = few_or_many(random, 10, 600);
                     call.add_factors(world, k, tokens, [tokens, tokens], random);

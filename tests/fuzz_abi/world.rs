@@ -230,6 +230,12 @@ impl World {
         Self { rank, comm, linear, config, layout, rule }
     }
 
+    /// Frees the communicator before the linear, which lives on without it.
+    pub fn free_comm(&mut self) {
+        // SAFETY: made by a `_new` function; NULL from now on.
+        unsafe { forge_comm_free(std::mem::replace(&mut self.comm, null_mut())) };
+    }
+
     pub fn rule_name(&self) -> &'static str {
         // SAFETY: one of RULES.
         unsafe { CStr::from_ptr(self.config.rule) }.to_str().expect("RULES are ASCII")

@@ -17,19 +17,70 @@ use super::{
     Accumulator, Arrays, Backend, Deliver, Factors, Image, Matrix, Norm, NormMethod, Report,
     Scheme, Shard, Step, StepSource, Stream,
 };
-use crate::error::{Error, Result, bail, forge_status};
+use crate::error::{Result, bail};
 use crate::format::{Dtype, store_factor};
+use crate::process::PerProcess;
 use rayon::prelude::*;
 use scratch::{Scratch, ScratchPool};
+use std::thread::JoinHandle;
 use update::{TileUpdate, apply_tile, sum_of_squares};
 use user::apply_function;
 
-/// A thread pool and its scratch.
+/// Threads and their scratch.
 pub struct Cpu {
-    /// None: all work on the caller's thread.
-    pool: Option<rayon::ThreadPool>,
     threads: usize,
+    workers: PerProcess<Workers>,
+}
+
+/// What a process has of its own: after a fork the child has neither its parent's threads nor the
+/// locks that these held.
+struct Workers {
+    /// None: all work on the caller's thread.
+    pool: Option<Pool>,
     scratch: ScratchPool,
+}
+
+/// A thread pool whose threads have ended when it is dropped, so that nothing of this library runs
+/// after the last object that needs it was freed.
+struct Pool {
+    pool: Option<rayon::ThreadPool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Pool {
+    fn new(count: usize) -> Result<Self> {
+        let mut threads = Vec::with_capacity(count);
+        let build = rayon::ThreadPoolBuilder::new()
+            .num_threads(count)
+            .spawn_handler(|thread| {
+                let named = std::thread::Builder::new().name(format!("forge-{}", thread.index()));
+                threads.push(named.spawn(|| thread.run())?);
+                Ok(())
+            })
+            .build();
+        match build {
+            Ok(pool) => Ok(Self { pool: Some(pool), threads }),
+            Err(e) => {
+                // Those that were started end by themselves.
+                drop(Self { pool: None, threads });
+                bail!(
+                    FORGE_ERROR_THREADS,
+                    "threads: a pool of {count} could not be started: {e}; \
+                     ask for fewer in forge_context_config.threads"
+                )
+            }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        drop(self.pool.take());
+        for thread in self.threads.drain(..) {
+            // A panic of a task is the caller's already; there is nothing more to be said here.
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Cpu {
@@ -39,21 +90,25 @@ impl Cpu {
             0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
             n => n,
         };
-        let pool = if threads == 1 {
-            None
-        } else {
-            let build = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .thread_name(|i| format!("forge-{i}"))
-                .build();
-            Some(build.map_err(|e| {
-                Error::new(
-                    forge_status::FORGE_ERROR_THREADS,
-                    format!("threads: a pool of {threads} could not be started: {e}"),
-                )
-            })?)
-        };
-        Ok(Self { pool, threads, scratch: ScratchPool::default() })
+        let pool = if threads == 1 { None } else { Some(Pool::new(threads)?) };
+        let workers = PerProcess::new();
+        workers.get_or_make(|_| Workers { pool, scratch: ScratchPool::default() });
+        Ok(Self { threads, workers })
+    }
+
+    fn workers(&self) -> &Workers {
+        self.workers.get_or_make(|_| {
+            let pool = (self.threads > 1).then(|| Pool::new(self.threads));
+            let pool = pool.transpose().unwrap_or_else(|error| {
+                // Slower, and the same bits: tiles are as they were.
+                tracing::warn!(
+                    target: "forge",
+                    "after a fork: {}; this process works on the calling thread", error.message
+                );
+                None
+            });
+            Workers { pool, scratch: ScratchPool::default() }
+        })
     }
 
     /// `work(index, scratch)` for each index, results in order of index.
@@ -62,8 +117,9 @@ impl Cpu {
         count: usize,
         work: impl Fn(usize, &mut Scratch) -> T + Sync,
     ) -> Vec<T> {
-        let one = |index: usize| self.scratch.with(|scratch| work(index, scratch));
-        match &self.pool {
+        let Workers { pool, scratch } = self.workers();
+        let one = |index: usize| scratch.with(|scratch| work(index, scratch));
+        match pool.as_ref().and_then(|p| p.pool.as_ref()) {
             Some(pool) if count > 1 => {
                 pool.install(|| (0..count).into_par_iter().with_max_len(1).map(one).collect())
             }

@@ -39,6 +39,7 @@ use driver::DevicePtr;
 use elementwise::Gradient;
 use gpu::Gpu;
 use parameters::{KernelNorm, KernelReport, Region};
+use std::mem::ManuallyDrop;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use workspace::{MOST_PARTIALS, PANEL_BYTES, TOTAL_BYTES, Workspace};
@@ -48,7 +49,9 @@ const TILES: u32 = crate::ffi::enums::forge_norm_method::FORGE_NORM_TILES as u32
 
 /// A GPU.
 pub struct Cuda {
-    gpu: Gpu,
+    /// Dropped by the process that made it: in a fork of it the driver does not work.
+    gpu: ManuallyDrop<Gpu>,
+    process: u32,
     /// Held while a call enqueues its launches: they share the workspace, and those of another thread must
     /// not come between them.
     enqueueing: Mutex<()>,
@@ -57,7 +60,35 @@ pub struct Cuda {
 impl Cuda {
     /// The GPU of this ordinal. Compiled kernels are kept in `cache_dir`, or where [`cache::Cache`] says.
     pub fn new(device: i32, cache_dir: Option<PathBuf>) -> Result<Self> {
-        Ok(Self { gpu: Gpu::new(device, cache_dir)?, enqueueing: Mutex::default() })
+        Ok(Self {
+            gpu: ManuallyDrop::new(Gpu::new(device, cache_dir)?),
+            process: std::process::id(),
+            enqueueing: Mutex::default(),
+        })
+    }
+
+    /// Refuses a fork of the process that made the context, before any lock is taken.
+    fn check_process(&self) -> Result<()> {
+        let process = std::process::id();
+        if process != self.process {
+            bail!(
+                FORGE_ERROR_DEVICE,
+                "context: made in process {}, of which this one ({process}) is a fork; CUDA does \
+                 not work in a fork: start processes by spawn or exec, or make no CUDA context \
+                 before the fork",
+                self.process
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        if self.process == std::process::id() {
+            // SAFETY: dropped once, here.
+            unsafe { ManuallyDrop::drop(&mut self.gpu) };
+        }
     }
 }
 
@@ -238,7 +269,7 @@ impl Backend for Cuda {
     }
 
     fn check_stream(&self, _stream: Stream) -> Result<()> {
-        Ok(())
+        self.check_process()
     }
 
     fn alignment(&self, element_bytes: usize) -> usize {
@@ -277,6 +308,7 @@ impl Backend for Cuda {
     }
 
     unsafe fn set_workspace(&self, data: *mut u8, _bytes: u64) -> Result<()> {
+        self.check_process()?;
         let base = data as DevicePtr;
         let _entered = self.gpu.device.enter()?;
         // SAFETY: the caller lends this memory; nothing uses it yet.

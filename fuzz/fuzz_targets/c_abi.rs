@@ -1,0 +1,8 @@
+//! Programs against the whole C ABI; see `tests/fuzz_abi/sequence.rs`.
+#![no_main]
+
+#[allow(dead_code)]
+#[path = "../../tests/fuzz_abi/mod.rs"]
+mod fuzz_abi;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| fuzz_abi::sequence::run(input));

@@ -1,0 +1,113 @@
+/* One linear with its arrays and factors, for the programs that are about where work is done and
+ * not about what it computes: a step is a whole backward with the AdamW update, q8 states and
+ * stochastic rounding, over enough tiles that several threads have work. */
+
+#ifndef FORGE_TESTS_SMALL_NET_H
+#define FORGE_TESTS_SMALL_NET_H
+
+#include "check.h"
+
+#include <string.h>
+
+enum { NET_OUT = 160, NET_IN = 260, NET_TOKENS = 24, NET_BLOCKS = (NET_IN + 127) / 128 };
+
+typedef struct {
+    uint16_t weight[NET_OUT * NET_IN];
+    uint8_t moments[2][NET_OUT * NET_IN];
+    float scales[2][NET_BLOCKS * NET_OUT];
+    float dy[NET_TOKENS * NET_OUT], x[NET_TOKENS * NET_IN], dx[NET_TOKENS * NET_IN];
+    forge_report report;
+} net;
+
+static inline forge_context *net_context(uint32_t threads) {
+    const forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, threads, NULL};
+    forge_context *context = NULL;
+    OK(forge_context_new(&config, &context));
+    return context;
+}
+
+static inline forge_linear *net_linear(forge_context *context) {
+    forge_linear_config config;
+    forge_comm *comm = NULL;
+    forge_linear *linear = NULL;
+    memset(&config, 0, sizeof config);
+    config.struct_size = sizeof config;
+    config.factor_dtype = FORGE_DTYPE_F32;
+    config.out_features = NET_OUT;
+    config.in_features = NET_IN;
+    config.weight_format = FORGE_WEIGHT_BF16;
+    config.weight_rounding = FORGE_ROUNDING_STOCHASTIC;
+    config.state_formats[0] = FORGE_STATE_Q8;
+    config.state_formats[1] = FORGE_STATE_Q8;
+    config.parameter_id = 7;
+    config.rule = "adamw";
+    OK(forge_comm_new_solo(context, &comm));
+    OK(forge_linear_new(context, comm, &config, &linear));
+    forge_comm_free(comm);
+    return linear;
+}
+
+static inline void net_init(net *n, uint64_t seed) {
+    memset(n, 0, sizeof *n);
+    fill_uniform(n->dy, NET_TOKENS * NET_OUT, 0.1f, &seed);
+    fill_uniform(n->x, NET_TOKENS * NET_IN, 1.0f, &seed);
+    for (int i = 0; i < NET_OUT * NET_IN; i++) {
+        n->weight[i] = (uint16_t)(0x3c00 + i % 256); /* bf16 about 0.01 */
+    }
+}
+
+static inline void net_buffer(forge_buffer *buffer, void *data, size_t bytes) {
+    buffer->data = data;
+    buffer->bytes = bytes;
+}
+
+/* The status of one step, for who expects another than success. */
+static inline uint32_t net_try_step(net *n, forge_linear *linear, int number) {
+    forge_parameter parameter;
+    forge_step step;
+    forge_backward backward;
+    memset(&parameter, 0, sizeof parameter);
+    parameter.struct_size = sizeof parameter;
+    net_buffer(&parameter.weight, n->weight, sizeof n->weight);
+    for (int k = 0; k < 2; k++) {
+        net_buffer(&parameter.states[k], n->moments[k], sizeof n->moments[k]);
+        net_buffer(&parameter.scales[k], n->scales[k], sizeof n->scales[k]);
+    }
+    memset(&step, 0, sizeof step);
+    step.struct_size = sizeof step;
+    step.scalars.step = (uint64_t)number;
+    step.scalars.seed = 11;
+    step.scalars.grad_scale = 1.0;
+    step.scalars.hyper[FORGE_HYPER_LR] = 0.01;
+    step.scalars.hyper[2] = 0.9;
+    step.scalars.hyper[3] = 0.999;
+    step.scalars.hyper[4] = 1e-8;
+    memset(&backward, 0, sizeof backward);
+    backward.struct_size = sizeof backward;
+    backward.mode = FORGE_BACKWARD_UPDATE;
+    backward.tokens = NET_TOKENS;
+    backward.dy.data = n->dy;
+    backward.dy.bytes = sizeof n->dy;
+    backward.x.data = n->x;
+    backward.x.bytes = sizeof n->x;
+    net_buffer(&backward.dx, n->dx, sizeof n->dx);
+    backward.parameter = &parameter;
+    backward.step = &step;
+    n->report.struct_size = sizeof n->report;
+    return (uint32_t)forge_linear_backward(linear, &backward, &n->report, NULL);
+}
+
+static inline void net_step(net *n, forge_linear *linear, int number) {
+    OK(net_try_step(n, linear, number));
+    REQUIRE(n->report.nonfinite_tiles == 0 && n->report.sum_of_squares > 0.0);
+}
+
+/* The same bits in all that a step writes; how many tiles there were depends on the threads. */
+static inline int net_equal(const net *a, const net *b) {
+    return memcmp(a->weight, b->weight, sizeof a->weight) == 0 &&
+           memcmp(a->moments, b->moments, sizeof a->moments) == 0 &&
+           memcmp(a->scales, b->scales, sizeof a->scales) == 0 &&
+           memcmp(a->dx, b->dx, sizeof a->dx) == 0;
+}
+
+#endif
