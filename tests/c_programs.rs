@@ -167,6 +167,7 @@ fn every_program_is_a_test() {
         "threads.c",
         "train_two_layer.c",
         "unload.c",
+        "user_rule.c",
     ];
     assert_eq!(programs, tested);
 }

@@ -6,7 +6,7 @@ use super::call::{Call, OPS, Op, Pointer, Role};
 use super::memory::Random;
 use super::mutate::Expected;
 use super::world::{Context, RULES, World, collectives, random_config, sized};
-use super::{Made, Tally, make};
+use super::{Made, Tally, make, rules};
 use forge::error::forge_status::{self, *};
 use forge::ffi::comm::*;
 use forge::ffi::context::*;
@@ -106,7 +106,7 @@ fn disturb(call: &mut Call, random: &mut Random) {
 
 /// One call that makes or describes an object.
 pub fn object(context: &Context, world: &World, random: &mut Random, tally: &mut Tally) {
-    let status = match random.below(6) {
+    let status = match random.below(8) {
         0 => new_context(random),
         1 => new_comm(context, random),
         2 => {
@@ -132,6 +132,8 @@ pub fn object(context: &Context, world: &World, random: &mut Random, tally: &mut
             }
         }
         4 => describe(world.linear, random),
+        5 => rules::register(random),
+        6 => rules::warm(context, random),
         _ if world.comm.is_null() => return,
         _ => new_linear(context, world, random),
     };

@@ -9,6 +9,7 @@ pub mod memory;
 pub mod mutate;
 pub mod objects;
 pub mod reference;
+pub mod rules;
 pub mod sequence;
 pub mod valid;
 pub mod world;
