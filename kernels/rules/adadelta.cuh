@@ -1,6 +1,6 @@
 // Adadelta: src/rule/adadelta.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "instructions.cuh"
 
 namespace forge {
 

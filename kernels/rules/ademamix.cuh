@@ -1,6 +1,6 @@
 // AdEMAMix: src/rule/ademamix.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "instructions.cuh"
 
 namespace forge {
 

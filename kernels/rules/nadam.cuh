@@ -1,6 +1,6 @@
 // NAdam: src/rule/nadam.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "instructions.cuh"
 
 namespace forge {
 
