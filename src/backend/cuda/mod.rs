@@ -2,8 +2,8 @@
 //! primary context. It allocates nothing on the device: what it needs beside the call's buffers is the
 //! workspace that the caller lends to the context.
 //!
-//! An update takes one of three ways, and none of them holds a gradient:
-//! - fused ([`sm90`], [`sm80`]): tiles of dW on the chip;
+//! An update takes one of four ways, and none of them holds a gradient:
+//! - fused, on Hopper ([`sm90`]) or elsewhere ([`sm80`]): tiles of dW on the chip;
 //! - panels by cuBLASLt: dW in row panels of at most [`workspace::PANEL_BYTES`], each consumed at once;
 //! - panels by [`exact`]: the same for fp32 factors, with sums that a CPU can repeat bit for bit.
 
