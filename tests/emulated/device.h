@@ -1,6 +1,7 @@
-// CUDA C++ for the host's compiler: as much of it as kernels/ uses, for one block at a time. A thread of
-// the block is a fiber, which runs until it waits for others; so everything is deterministic, and a
-// second run in another order (`Order`) tells whether a result depends on the order.
+// CUDA C++ for the host's compiler: as much of it as kernels/ uses, for one block at a time. A
+// thread of the block is a fiber, which runs until it waits for others; so everything is
+// deterministic, and a second run in another order (`Order`) tells whether a result depends on the
+// order.
 //
 // What is wrong on a device fails here or shows in the result: shared memory begins as NaNs, and
 // threads that wait at different places, or for one that is gone, are an error.
@@ -93,6 +94,7 @@ struct Block {
     jmp_buf scheduler;
     ucontext_t scheduler_first;
     unsigned shared_bytes = 0;
+    unsigned resumed = 0; // how often a fiber was
     const char *wrong = nullptr;
 };
 
@@ -177,6 +179,31 @@ inline void resume(unsigned index) {
     swapcontext(&block->scheduler_first, &next.first);
 }
 
+// Runs a warp until each of its lanes waits for another warp, or has ended: warps get as far apart
+// as barriers let them. Returns how many lanes have ended.
+inline unsigned run_warp(unsigned index, Order order) {
+    unsigned ended = 0;
+    const unsigned first = 32 * index;
+    const unsigned lanes = min(32u, static_cast<unsigned>(block->fibers.size()) - first);
+    for (bool progress = true; progress;) {
+        progress = false;
+        for (unsigned i = 0; i < lanes; ++i) {
+            const unsigned lane = order == Order::Ascending ? i : lanes - 1 - i;
+            Fiber &next = block->fibers[first + lane];
+            if (next.done || (next.waits != nullptr && next.waits->round == next.round))
+                continue;
+            next.waits = nullptr;
+            progress = true;
+            ++block->resumed;
+            resume(first + lane);
+            if (block->wrong != nullptr)
+                return ended;
+            ended += next.done;
+        }
+    }
+    return ended;
+}
+
 // Runs the threads of a block to their end. Returns what went wrong, or null.
 inline const char *run_block(unsigned threads, unsigned shared_bytes, Order order,
                              unsigned char *stacks) {
@@ -197,20 +224,12 @@ inline const char *run_block(unsigned threads, unsigned shared_bytes, Order orde
         makecontext(&first, first_call, 0);
     }
     for (unsigned left = threads; left > 0;) {
-        bool progress = false;
-        for (unsigned i = 0; i < threads; ++i) {
-            const unsigned index = order == Order::Ascending ? i : threads - 1 - i;
-            Fiber &next = all.fibers[index];
-            if (next.done || (next.waits != nullptr && next.waits->round == next.round))
-                continue;
-            next.waits = nullptr;
-            progress = true;
-            resume(index);
-            if (all.wrong != nullptr)
-                return all.wrong;
-            left -= next.done;
-        }
-        if (!progress)
+        const unsigned before = all.resumed;
+        for (unsigned i = 0; i < all.warps.size() && all.wrong == nullptr; ++i)
+            left -= run_warp(order == Order::Ascending ? i : all.warps.size() - 1 - i, order);
+        if (all.wrong != nullptr)
+            return all.wrong;
+        if (all.resumed == before)
             return "threads wait for each other for ever";
     }
     for (unsigned i = 0; i < BAND; ++i)
@@ -223,9 +242,7 @@ inline const char *run_block(unsigned threads, unsigned shared_bytes, Order orde
 
 // --- what CUDA C++ has names for ---
 
-inline void __syncthreads() {
-    emulated::meet(emulated::block->meeting, emulated::Wait::Block);
-}
+inline void __syncthreads() { emulated::meet(emulated::block->meeting, emulated::Wait::Block); }
 inline int __syncthreads_or(int value) {
     emulated::Block &block = *emulated::block;
     int &any = block.any[block.meeting.round % 2];

@@ -1,5 +1,5 @@
-// A kernel as a function of the host. FORGE_EMULATED_SOURCE names the source, FORGE_EMULATED_KERNELS its
-// kernels: X(one) X(another).
+// A kernel as a function of the host. FORGE_EMULATED_SOURCE names the source,
+// FORGE_EMULATED_KERNELS its kernels: X(one) X(another).
 #include "device.h"
 
 #include FORGE_EMULATED_SOURCE

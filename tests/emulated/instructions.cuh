@@ -8,9 +8,7 @@ namespace forge {
 FORGE_DEVICE float without_denormals(float x) {
     return std::fpclassify(x) == FP_SUBNORMAL ? copysignf(0.0f, x) : x;
 }
-FORGE_DEVICE float fast_sqrt(float x) {
-    return without_denormals(std::sqrt(without_denormals(x)));
-}
+FORGE_DEVICE float fast_sqrt(float x) { return without_denormals(std::sqrt(without_denormals(x))); }
 FORGE_DEVICE float fast_reciprocal(float x) {
     return without_denormals(1.0f / without_denormals(x));
 }

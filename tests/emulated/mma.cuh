@@ -1,7 +1,7 @@
 // kernels/mma.cuh in C++, in its place on the host.
 //
-// A copy comes when its thread waits for it, and not before; until then its target holds NaNs. So a wait
-// or a barrier that is missing shows in the result.
+// A copy comes when its thread waits for it, and not before; until then its target holds NaNs. So a
+// wait or a barrier that is missing shows in the result.
 #pragma once
 #include "instructions.cuh"
 
