@@ -19,10 +19,6 @@ FORGE_DEVICE float fast_reciprocal(float x) {
     return y;
 }
 
-FORGE_DEVICE float quotient(float numerator, float divisor) {
-    return __fmul_rn(numerator, fast_reciprocal(divisor));
-}
-
 // fp16.
 FORGE_DEVICE float widen_f16(u32 bits) {
     float value;

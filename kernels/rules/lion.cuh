@@ -1,6 +1,6 @@
 // Lion: src/rule/lion.rs in CUDA.
 #pragma once
-#include "instructions.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

@@ -284,6 +284,8 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 // Upwards: the product is exact in fp64, the sum has an error that says where it lies.
 inline float __fmaf_ru(float a, float b, float c) {
     const double product = static_cast<double>(a) * b, addend = c, sum = product + addend;

@@ -12,9 +12,6 @@ FORGE_DEVICE float fast_sqrt(float x) { return without_denormals(std::sqrt(witho
 FORGE_DEVICE float fast_reciprocal(float x) {
     return without_denormals(1.0f / without_denormals(x));
 }
-FORGE_DEVICE float quotient(float numerator, float divisor) {
-    return __fmul_rn(numerator, fast_reciprocal(divisor));
-}
 
 FORGE_DEVICE float widen_f16(u32 bits) {
     const u32 sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, fraction = bits & 0x3FFu;

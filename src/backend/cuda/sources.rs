@@ -19,6 +19,7 @@ macro_rules! source {
 pub const HEADERS: &[Source] = &[
     source!("prelude.cuh"),
     source!("instructions.cuh"),
+    source!("arithmetic.cuh"),
     source!("philox.cuh"),
     source!("shard.cuh"),
     source!("q8.cuh"),
