@@ -3,6 +3,7 @@
     python benchmarks/wgrad_update.py                       # the whole matrix, most wanted first
     python benchmarks/wgrad_update.py --quick               # a look at the main shapes
     python benchmarks/wgrad_update.py --shapes 28672x4096 --tokens 512,2048 --formats bf16/q8
+    python benchmarks/wgrad_update.py --quick --mainloop sm80 --out sm80.json
     python benchmarks/wgrad_update.py --check results.json  # only compare with targets.py
 
 For each shape, format, number of tokens and regime, all in this process:
@@ -27,6 +28,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -427,6 +429,8 @@ def select(options: argparse.Namespace) -> list[Point]:
 def run(options: argparse.Namespace, points: list[Point]) -> Path:
     """Measure the points until the time is up; returns the result's path."""
     begin = time.monotonic()
+    if options.mainloop:
+        os.environ["FORGE_MAINLOOP"] = options.mainloop
     import torch
     from measure import Meter, Timing, open_nvml
 
@@ -446,6 +450,7 @@ def run(options: argparse.Namespace, points: list[Point]) -> Path:
         "the element-wise peer to the nearest",
         "gemm": "torch.mm to bf16, torch's defaults",
         "power_limit_w": nvml.power_limit_w() if nvml else None,
+        "mainloop": os.environ.get("FORGE_MAINLOOP") or "the device's own",
     }
     done = (
         {point_of(row): row for row in read_rows(path, result["commit"])} if options.resume else {}
@@ -513,6 +518,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=("stochastic", "nearest"),
         default="nearest",
         help="of bf16 and q8 states; the element-wise peer always rounds to the nearest",
+    )
+    parser.add_argument(
+        "--mainloop",
+        choices=("sm90", "sm80", "panel"),
+        help="of FORGE, in place of the device's own; give --out as well",
     )
     parser.add_argument("--no-graph", action="store_true", help="direct calls, no CUDA graphs")
     parser.add_argument("--gemm-fp32", action="store_true", help="time wgrad to fp32 as well")

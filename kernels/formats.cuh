@@ -2,6 +2,7 @@
 // halves give the CPU's bits; the q8 codes keep its bounds (see src/format/q8.rs) to within 1e-4 of
 // them, with the fast root and reciprocal.
 #pragma once
+#include "instructions.cuh"
 #include "prelude.cuh"
 #include "q8.cuh"
 
@@ -41,19 +42,6 @@ FORGE_DEVICE u32 upper_half(float value) {
     return ((bits >> 16) + ((bits >> 15) & 1u)) & 0xFFFFu;
 }
 FORGE_DEVICE u32 lower_half(float value) { return float_to_bits(value) & 0xFFFFu; }
-
-// --- fp16 ---
-
-FORGE_DEVICE float widen_f16(u32 bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<u16>(bits)));
-    return value;
-}
-FORGE_DEVICE u32 narrow_f16(float value) {
-    u16 bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
 
 // --- factors: 0 fp32, 1 bf16, 2 fp16 ---
 

@@ -58,34 +58,4 @@ FORGE_DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
 FORGE_DEVICE bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 FORGE_DEVICE bool is_finite(float x) { return fabsf(x) <= 3.4028234663852886e38f; }
 
-// Approximate to 1-2 ulp and without the slow paths of IEEE division and root: an update's last
-// bits are far below its weight's. Denormal inputs count as zero, so a divisor needs an epsilon, as
-// rules have.
-FORGE_DEVICE float fast_sqrt(float x) {
-    float y;
-    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-FORGE_DEVICE float fast_reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Of rules. FORGE_EXACT, for fp32 factors, whose products are exact in the same sense
-// (kernels/exact.cu): IEEE's, so that every element gets the bits that the CPU backend gives it.
-#if FORGE_EXACT
-constexpr bool EXACT = true;
-FORGE_DEVICE float root(float x) { return __fsqrt_rn(x); }
-FORGE_DEVICE float quotient(float numerator, float divisor) {
-    return __fdiv_rn(numerator, divisor);
-}
-#else
-constexpr bool EXACT = false;
-FORGE_DEVICE float root(float x) { return fast_sqrt(x); }
-FORGE_DEVICE float quotient(float numerator, float divisor) {
-    return __fmul_rn(numerator, fast_reciprocal(divisor));
-}
-#endif
-
 } // namespace forge

@@ -2,7 +2,7 @@
 // matrices, barriers in it, the tensor memory accelerator (TMA), register re-allocation. PTX
 // ISA 8.x, the sections named beside each.
 #pragma once
-#include "prelude.cuh"
+#include "instructions.cuh"
 
 namespace forge {
 
@@ -10,10 +10,6 @@ namespace forge {
 struct alignas(64) TensorMap {
     u8 opaque[128];
 };
-
-FORGE_DEVICE u32 shared_address(const void *pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
 
 // A value that is the same in all lanes of the warp, as one that the compiler knows to be uniform.
 FORGE_DEVICE u32 warp_uniform(u32 value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }

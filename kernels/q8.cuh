@@ -3,7 +3,7 @@
 //
 // Blocks whose largest entry is below fp32's normal range are stored as zeros.
 #pragma once
-#include "prelude.cuh"
+#include "instructions.cuh"
 
 namespace forge {
 

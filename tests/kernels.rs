@@ -10,6 +10,7 @@ use forge::backend::Scheme;
 use forge::backend::cuda::cache;
 use forge::backend::cuda::compile::{Nvrtc, options};
 use forge::backend::cuda::module::image_key;
+use forge::backend::cuda::sm80;
 use forge::backend::cuda::sm90::policy::choose;
 use forge::backend::cuda::sm90::{MOST_SEGMENTS, Mode, Specialisation, Streams};
 use forge::backend::cuda::sources::{self, Source};
@@ -28,6 +29,10 @@ use std::{fs, thread};
 const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100a"];
 /// The one whose specialisations are all compiled; of the others a choice.
 const MAIN: &str = "sm_90a";
+/// What the fused kernel of 8.0 may run on, and the rows of its tiles there; all specialisations for the
+/// first.
+const SM80_ON: [(&str, u32); 6] =
+    [("sm_80", 128), ("sm_86", 64), ("sm_89", 64), (MAIN, 128), ("sm_100a", 128), ("sm_120", 64)];
 /// Two compilers at a time.
 const THREADS: usize = 2;
 
@@ -55,6 +60,7 @@ fn source_of(name: &str) -> Source {
         sources::BIAS,
         sources::IMAGE,
         sources::PROLOGUE,
+        sources::WGRAD_SM80,
         sources::WGRAD_SM90,
     ];
     all.into_iter().find(|s| s.name == name).unwrap()
@@ -134,6 +140,12 @@ fn jobs() -> BTreeSet<Job> {
             }
         }
     }
+    for (architecture, tile_rows) in SM80_ON {
+        for (scheme, specialisation) in fused_sm80(tile_rows, architecture == SM80_ON[0].0) {
+            let (source, defines) = (sources::WGRAD_SM80.name, specialisation.defines(&scheme));
+            jobs.insert(Job { source, architecture, defines });
+        }
+    }
     jobs
 }
 
@@ -149,6 +161,45 @@ fn in_use() -> Vec<((WeightFormat, Rounding), (StateFormat, Rounding))> {
         ((W::Bf16Low16, Nearest), (S::Q8, Stochastic)),
         ((W::F32, Nearest), (S::F32, Nearest)),
     ]
+}
+
+/// Specialisations of the fused kernel of 8.0: with AdamW the formats in use, or `all` and then every rule
+/// too.
+fn fused_sm80(tile_rows: u32, all: bool) -> Vec<(Scheme, sm80::Specialisation)> {
+    let (most, adamw) = (in_use(), |(w, s), factor| scheme("adamw", 0, w, s, factor));
+    let mut out = Vec::new();
+    let mut add = |scheme: Scheme, mode, rows: u32, accumulator: bool, vector: bool| {
+        let fused = sm80::Specialisation { mode, tile_rows: rows, accumulator, vector };
+        out.push((scheme, fused));
+    };
+    for formats in &most {
+        add(adamw(*formats, Dtype::Bf16), Mode::Update, tile_rows, false, true);
+    }
+    let plain = adamw(most[0], Dtype::Bf16);
+    add(plain, Mode::Accumulate, tile_rows, true, true);
+    add(plain, Mode::Norm, tile_rows, false, true);
+    if !all {
+        return out;
+    }
+    add(plain, Mode::Norm, tile_rows, true, true);
+    add(plain, Mode::Accumulate, tile_rows, true, false);
+    add(adamw(most[0], Dtype::F16), Mode::Update, tile_rows, false, true);
+    for formats in &most {
+        let scheme = adamw(*formats, Dtype::Bf16);
+        add(scheme, Mode::Update, 64, false, true);
+        add(scheme, Mode::Update, tile_rows, true, true);
+        add(scheme, Mode::Update, tile_rows, false, false);
+    }
+    for formats in WEIGHTS.into_iter().flat_map(|w| STATES.map(|s| (w, s))) {
+        add(adamw(formats, Dtype::Bf16), Mode::Update, tile_rows, false, true);
+    }
+    for (name, flags) in rules().into_iter().filter(|(_, flags)| flags & MAXIMIZE == 0) {
+        for (weight, state) in [most[0], most[3]] {
+            let scheme = scheme(name, flags, weight, state, Dtype::Bf16);
+            add(scheme, Mode::Update, tile_rows, false, true);
+        }
+    }
+    out
 }
 
 /// The fused kernel's specialisations: each tile that the policy chooses, for every rule and format.
@@ -248,10 +299,12 @@ fn recorded(job: &Job) -> bool {
         "elementwise.cu" => {
             job.defines[0] == adamw[0] && job.defines.ends_with(&["FORGE_VECTOR=1".into()])
         }
+        "wgrad_sm80.cu" => adamw.contains(&&*job.defines[0]),
         "wgrad_sm90.cu" => adamw.contains(&&*job.defines[0]),
         _ => true,
     };
-    job.architecture == MAIN && of_interest
+    let main = if job.source == "wgrad_sm80.cu" { SM80_ON[0].0 } else { MAIN };
+    job.architecture == main && of_interest
 }
 
 #[test]

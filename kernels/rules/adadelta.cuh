@@ -1,6 +1,6 @@
 // Adadelta: src/rule/adadelta.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

@@ -1,6 +1,6 @@
 // Adagrad: src/rule/adagrad.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

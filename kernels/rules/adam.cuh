@@ -1,6 +1,6 @@
 // Adam and AdamW: src/rule/adam.rs in CUDA. One arithmetic; the constants tell them apart.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

@@ -1,6 +1,6 @@
 // Adamax: src/rule/adamax.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

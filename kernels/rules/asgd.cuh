@@ -1,6 +1,6 @@
 // ASGD: src/rule/asgd.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

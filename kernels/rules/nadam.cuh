@@ -1,6 +1,6 @@
 // NAdam: src/rule/nadam.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

@@ -1,6 +1,6 @@
 // RAdam: src/rule/radam.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

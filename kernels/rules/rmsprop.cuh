@@ -1,6 +1,6 @@
 // RMSprop: src/rule/rmsprop.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

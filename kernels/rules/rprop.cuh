@@ -1,6 +1,6 @@
 // Rprop: src/rule/rprop.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

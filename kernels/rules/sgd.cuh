@@ -1,6 +1,6 @@
 // SGD: src/rule/sgd.rs in CUDA. FORGE_RULE_FLAGS says whether there is a momentum buffer.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

@@ -1,6 +1,6 @@
 // Signum: src/rule/signum.rs in CUDA.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {
 

@@ -52,6 +52,15 @@ pub struct Arrays {
     pub scales: [*mut f32; MAX_STATES],
 }
 
+impl Arrays {
+    /// No array at all.
+    pub const NONE: Self = {
+        let null = std::ptr::null_mut();
+        let scales = [std::ptr::null_mut(); MAX_STATES];
+        Self { weight: null, extra: null, states: [null; MAX_STATES], scales }
+    };
+}
+
 // SAFETY: tiles are disjoint, so threads never touch the same element or the same scale.
 unsafe impl Send for Arrays {}
 // SAFETY: as above.

@@ -25,6 +25,9 @@ static float __fsub_rn(float a, float b) { return a - b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 static float __fsqrt_rn(float x) { return std::sqrt(x); }
+static unsigned long long __cvta_generic_to_shared(const void *p) {
+    return reinterpret_cast<unsigned long long>(p);
+}
 using std::copysignf;
 using std::fmaxf;
 using std::fminf;

@@ -73,7 +73,7 @@ pub fn has_runs(shard: &Shard) -> bool {
 
 /// Whether runs of 8 elements can be read and written at once and share their Philox calls: rows of
 /// whole runs, everything aligned to 16 bytes (codes of q8 states to 8), global indices to 32.
-fn is_vector(scheme: &Scheme, shard: &Shard, arrays: &Arrays, gradient: Gradient) -> bool {
+pub fn is_vector(scheme: &Scheme, shard: &Shard, arrays: &Arrays, gradient: Gradient) -> bool {
     let aligned = |address: u64, bytes: u64| address.is_multiple_of(bytes);
     let extra = matches!(scheme.weight_format, WeightFormat::Bf16F32 | WeightFormat::Bf16Low16);
     let states = (0..scheme.n_states).all(|k| {

@@ -58,16 +58,24 @@ impl Segment {
 
 /// `forge::exact::Params`.
 #[repr(C)]
-#[derive(Clone, Copy)]
-struct Params {
-    segments: [Segment; MOST_SEGMENTS],
-    n_segments: u64,
-    rows: u64,
-    cols: u64,
-    initial: DevicePtr,
-    initial_stride: u64,
-    out: DevicePtr,
-    out_stride: u64,
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Params {
+    /// The first `n_segments` of them.
+    pub segments: [Segment; MOST_SEGMENTS],
+    /// How many there are.
+    pub n_segments: u64,
+    /// Of the result.
+    pub rows: u64,
+    /// Of the result.
+    pub cols: u64,
+    /// What is added, fp32; 0: nothing.
+    pub initial: DevicePtr,
+    /// Elements between its rows.
+    pub initial_stride: u64,
+    /// The result.
+    pub out: DevicePtr,
+    /// Elements between its rows.
+    pub out_stride: u64,
 }
 
 /// A result in memory: first element and elements between rows.

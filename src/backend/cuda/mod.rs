@@ -2,8 +2,8 @@
 //! primary context. It allocates nothing on the device: what it needs beside the call's buffers is the
 //! workspace that the caller lends to the context.
 //!
-//! An update takes one of three ways, and none of them holds a gradient:
-//! - fused ([`sm90`]): tiles of dW in registers;
+//! An update takes one of four ways, and none of them holds a gradient:
+//! - fused, on Hopper ([`sm90`]) or elsewhere ([`sm80`]): tiles of dW on the chip;
 //! - panels by cuBLASLt: dW in row panels of at most [`workspace::PANEL_BYTES`], each consumed at once;
 //! - panels by [`exact`]: the same for fp32 factors, with sums that a CPU can repeat bit for bit.
 
@@ -17,10 +17,12 @@ pub mod exact;
 pub mod gpu;
 pub mod images;
 pub mod libraries;
+pub mod mainloop;
 pub mod module;
 pub mod needs;
 pub mod parameters;
 pub mod reduce;
+pub mod sm80;
 pub mod sm90;
 pub mod sources;
 pub mod specialise;
@@ -38,6 +40,7 @@ use blas::{Left, Plane, Product};
 use driver::DevicePtr;
 use elementwise::Gradient;
 use gpu::Gpu;
+use mainloop::Mainloop;
 use parameters::{KernelNorm, KernelReport, Region};
 use std::mem::ManuallyDrop;
 use std::path::PathBuf;
@@ -245,13 +248,14 @@ impl Cuda {
         self.enqueueing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the fused kernel may be asked.
-    fn may_fuse(&self, scheme: &Scheme) -> bool {
-        sm90::may_take(self.gpu.properties().capability, scheme.factor_dtype)
+    /// The fused kernel that may be asked; none of them where there is nothing to multiply.
+    fn mainloop(&self, scheme: &Scheme, no_tokens: bool) -> Mainloop {
+        let capability = self.gpu.properties().capability;
+        if no_tokens { Mainloop::Panel } else { Mainloop::choose(capability, scheme) }
     }
 }
 
-/// What the fused kernel needs to leave a report at `targets`.
+/// What the kernel of 9.0 needs to leave a report at `targets`.
 fn sm90_reports(workspace: &Workspace, targets: [DevicePtr; 2]) -> sm90::Reports {
     let (partials, counter) = (workspace.partials, workspace.counters);
     sm90::Reports { targets, partials, counter, method: TILES }
@@ -339,7 +343,8 @@ impl Backend for Cuda {
             let no_tokens = factors.iter().all(|f| f.tokens == 0);
             let host = if deliver.host { workspace.result } else { 0 };
             let out = [host, deliver.device as DevicePtr];
-            let fused = self.may_fuse(scheme) && !no_tokens && {
+            let mainloop = self.mainloop(scheme, no_tokens);
+            let reported = mainloop == Mainloop::Sm90 && {
                 let reports = sm90_reports(&workspace, out);
                 sm90::try_update(
                     gpu,
@@ -353,6 +358,23 @@ impl Backend for Cuda {
                     stream,
                 )?
             };
+            let in_tiles = mainloop == Mainloop::Sm80 && {
+                let call = sm80::Call {
+                    scheme,
+                    shard,
+                    factors,
+                    accumulator,
+                    arrays: Some(arrays),
+                    mode: sm80::Mode::Update,
+                    step,
+                    partials: workspace.partials,
+                };
+                call.run(gpu, stream)?
+            };
+            if in_tiles {
+                partials.count = Region::whole(shard).tiles();
+            }
+            let fused = reported || in_tiles;
             let mut apply = |region: Region, gradient: Gradient| {
                 let at = partials.take(region.tiles())?;
                 elementwise::update(gpu, scheme, shard, region, arrays, gradient, &step, at, stream)
@@ -378,7 +400,7 @@ impl Backend for Cuda {
                     },
                 )?;
             }
-            if !fused && out != [0, 0] {
+            if !reported && out != [0, 0] {
                 reduce::report(gpu, workspace.partials, partials.count, out, stream)?;
             }
             if !deliver.host {
@@ -406,9 +428,20 @@ impl Backend for Cuda {
         let _entered = self.gpu.device.enter()?;
         // SAFETY: as promised by the caller.
         unsafe {
-            if self.may_fuse(scheme)
-                && sm90::try_accumulate(&self.gpu, scheme, shard, factors, accumulator, stream)?
-            {
+            let gpu = &self.gpu;
+            let no_tokens = factors.iter().all(|f| f.tokens == 0);
+            let fused = match self.mainloop(scheme, no_tokens) {
+                Mainloop::Sm90 => {
+                    sm90::try_accumulate(gpu, scheme, shard, factors, accumulator, stream)?
+                }
+                Mainloop::Sm80 => {
+                    let buffer = Some(accumulator);
+                    let mode = sm80::Mode::Accumulate;
+                    sm80::Call::plain(scheme, shard, factors, buffer, mode, 0).run(gpu, stream)?
+                }
+                Mainloop::Panel => false,
+            };
+            if fused {
                 return Ok(());
             }
             let region = Region::whole(shard);
@@ -438,10 +471,20 @@ impl Backend for Cuda {
             let no_tokens = factors.iter().all(|f| f.tokens == 0);
             let host = if deliver.host { workspace.result } else { 0 };
             let out = [host, deliver.device as DevicePtr];
-            let fused = self.may_fuse(scheme) && !no_tokens && {
+            let mainloop = self.mainloop(scheme, no_tokens);
+            let reported = mainloop == Mainloop::Sm90 && {
                 let reports = sm90_reports(&workspace, out);
                 sm90::try_norm(gpu, scheme, shard, factors, accumulator, reports, stream)?
             };
+            let in_tiles = mainloop == Mainloop::Sm80 && {
+                let (at, mode) = (workspace.partials, sm80::Mode::Norm);
+                let call = sm80::Call::plain(scheme, shard, factors, accumulator, mode, at);
+                call.run(gpu, stream)?
+            };
+            if in_tiles {
+                partials.count = Region::whole(shard).tiles();
+            }
+            let fused = reported || in_tiles;
             let mut square = |region: Region, plane: Plane| {
                 let at = partials.take(region.tiles())?;
                 let (data, stride) = (plane.data, plane.stride as u64);
@@ -458,7 +501,7 @@ impl Backend for Cuda {
                 let to = &workspace;
                 self.for_each_panel(scheme, shard, factors, accumulator, to, stream, square)?;
             }
-            if !fused {
+            if !reported {
                 reduce::norm(gpu, workspace.partials, partials.count, TILES, out, stream)?;
             }
             if !deliver.host {

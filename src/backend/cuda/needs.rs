@@ -3,8 +3,9 @@
 //! takes which way. A new kernel, or a new way, is added to [`needs`].
 
 use super::images::Need;
+use super::mainloop::Mainloop;
 use super::sm90::{self, Mode, Specialisation, Streams, policy};
-use super::{elementwise, exact, reduce, sources, specialise};
+use super::{elementwise, exact, reduce, sm80, sources, specialise};
 use crate::backend::warm::Work;
 use crate::backend::{Image, Shard};
 use crate::format::Dtype;
@@ -56,8 +57,10 @@ pub fn needs(target: &Target, work: &Work) -> Vec<Need> {
     let mut list = List::default();
     shared(&mut list, work);
     updates(&mut list, work);
-    if sm90::may_take(target.capability, work.scheme.factor_dtype) {
-        fused_sm90(&mut list, target, work);
+    match Mainloop::of_device(target.capability, &work.scheme) {
+        Mainloop::Sm90 => fused_sm90(&mut list, target, work),
+        Mainloop::Sm80 => fused_sm80(&mut list, target, work),
+        Mainloop::Panel => {}
     }
     list.0
 }
@@ -128,6 +131,15 @@ fn calls(work: &Work) -> Vec<Call> {
     calls
 }
 
+/// What a fused kernel is asked for: mode, whether a buffer is added, and a name.
+const FUSED: [(Mode, bool, &str); 5] = [
+    (Mode::Update, false, "update"),
+    (Mode::Update, true, "update with a buffer"),
+    (Mode::Accumulate, true, "accumulation"),
+    (Mode::Norm, false, "norm"),
+    (Mode::Norm, true, "norm with a buffer"),
+];
+
 /// The fused kernel of compute capability 9.0: updates, accumulation and norms.
 fn fused_sm90(list: &mut List, target: &Target, work: &Work) {
     let scheme = &work.scheme;
@@ -143,13 +155,7 @@ fn fused_sm90(list: &mut List, target: &Target, work: &Work) {
     draws.sort_unstable();
     draws.dedup();
     let steps: &[bool] = if work.device_scalars { &[false, true] } else { &[false] };
-    for (mode, accumulator, name) in [
-        (Mode::Update, false, "update"),
-        (Mode::Update, true, "update with a buffer"),
-        (Mode::Accumulate, true, "accumulation"),
-        (Mode::Norm, false, "norm"),
-        (Mode::Norm, true, "norm with a buffer"),
-    ] {
+    for (mode, accumulator, name) in FUSED {
         let streams = Streams::of(scheme, mode, accumulator);
         let updates = mode == Mode::Update;
         let (draws, steps) =
@@ -182,6 +188,36 @@ fn fused_sm90(list: &mut List, target: &Target, work: &Work) {
                     list.add(Need::new(sources::WGRAD_SM90, special.defines(scheme), what));
                 }
             }
+        }
+    }
+}
+
+/// The fused kernel of the other capabilities: updates, accumulation and norms.
+fn fused_sm80(list: &mut List, target: &Target, work: &Work) {
+    let scheme = &work.scheme;
+    let limits = sm80::Limits {
+        sm_count: target.sm_count,
+        shared_memory_per_block: target.shared_memory_per_block,
+    };
+    let mut tiles: Vec<(u32, bool)> = work
+        .shards
+        .iter()
+        .map(|s| (sm80::tile_rows(s, &limits), elementwise::has_runs(s)))
+        .collect();
+    if tiles.is_empty() {
+        tiles = [128, 64].into_iter().flat_map(|rows| [(rows, true), (rows, false)]).collect();
+    }
+    for (mode, accumulator, name) in FUSED {
+        for (tile_rows, vector) in &tiles {
+            let special =
+                sm80::Specialisation { mode, tile_rows: *tile_rows, accumulator, vector: *vector };
+            let scheme_name = match mode {
+                Mode::Update => format!(", {}", specialise::name(scheme)),
+                Mode::Accumulate | Mode::Norm => String::new(),
+            };
+            let ragged = if *vector { "" } else { " (ragged rows)" };
+            let what = format!("fused {name}, tiles of {tile_rows}×128{ragged}{scheme_name}");
+            list.add(Need::new(sources::WGRAD_SM80, special.defines(scheme), what));
         }
     }
 }

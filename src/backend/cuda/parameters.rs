@@ -39,6 +39,12 @@ pub struct KernelStep {
     pub device: DevicePtr,
 }
 
+impl From<&Step> for KernelStep {
+    fn from(step: &Step) -> Self {
+        Self { value: step.into(), device: 0 }
+    }
+}
+
 /// `ScalarsInMemory` of kernels/prologue.cu, which is the C ABI's `forge_step_scalars`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

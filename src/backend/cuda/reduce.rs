@@ -195,7 +195,7 @@ pub unsafe fn prologue(
                 gpu.run(kernel("forge_prologue_of_values"), &mut parameters, stream)?;
             }
             StepSource::Value(step) => {
-                return Ok(KernelStep { value: (&step).into(), device: 0 });
+                return Ok(KernelStep::from(&step));
             }
         }
     }

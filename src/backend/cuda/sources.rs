@@ -20,6 +20,8 @@ macro_rules! source {
 /// What sources include, under the names by which they do.
 pub const HEADERS: &[Source] = &[
     source!("prelude.cuh"),
+    source!("instructions.cuh"),
+    source!("arithmetic.cuh"),
     source!("philox.cuh"),
     source!("shard.cuh"),
     source!("q8.cuh"),
@@ -39,6 +41,8 @@ pub const HEADERS: &[Source] = &[
     source!("rules/rprop.cuh"),
     source!("rules/sgd.cuh"),
     source!("rules/signum.cuh"),
+    source!("elementwise.cuh"),
+    source!("mma.cuh"),
     source!("ptx.cuh"),
     source!("wgmma.cuh"),
     source!("arrays.cuh"),
@@ -63,6 +67,9 @@ pub fn headers(defines: &[String]) -> Vec<Source> {
 
 /// The fused kernel of compute capability 9.0.
 pub const WGRAD_SM90: Source = source!("wgrad_sm90.cu");
+
+/// The fused kernel of every compute capability since 8.0.
+pub const WGRAD_SM80: Source = source!("wgrad_sm80.cu");
 
 /// The rule over an fp32 gradient in memory.
 pub const ELEMENTWISE: Source = source!("elementwise.cu");

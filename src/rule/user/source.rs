@@ -31,7 +31,7 @@ pub(super) fn header(definition: &Definition) -> Option<String> {
     Some(format!(
         r#"// A rule that the caller defined.
 #pragma once
-#include "prelude.cuh"
+#include "arithmetic.cuh"
 
 namespace forge {{
 

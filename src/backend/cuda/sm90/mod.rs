@@ -211,11 +211,6 @@ pub unsafe fn try_update(
     unsafe { call.run(stream) }
 }
 
-/// Whether the kernel is for these GPUs and factors.
-pub fn may_take(capability: (i32, i32), factor: Dtype) -> bool {
-    capability == (9, 0) && factor != Dtype::F32
-}
-
 /// Rows, columns and tokens: 31 bits in the kernel.
 const MOST: usize = u32::MAX as usize / 2;
 

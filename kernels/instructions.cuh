@@ -1,0 +1,38 @@
+// The PTX instructions of every architecture that CUDA C++ has no name for; ptx.cuh has those of
+// sm_90, mma.cuh those that multiply since sm_80. tests/emulated has the same in plain C++.
+#pragma once
+#include "prelude.cuh"
+
+namespace forge {
+
+// Approximate to 1-2 ulp and without the slow paths of IEEE division and root: an update's last
+// bits are far below its weight's. Denormal inputs count as zero, so a divisor needs an epsilon, as
+// rules have.
+FORGE_DEVICE float fast_sqrt(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FORGE_DEVICE float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// fp16.
+FORGE_DEVICE float widen_f16(u32 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<u16>(bits)));
+    return value;
+}
+FORGE_DEVICE u32 narrow_f16(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+FORGE_DEVICE u32 shared_address(const void *pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+} // namespace forge

@@ -1,0 +1,264 @@
+// dW = dYᵀ·X by mma.sync, consumed where it is produced: the update, an addition to a buffer, or
+// its norm. For every card since compute capability 8.0.
+//
+// A block multiplies a tile of dW in registers, puts it into the shared memory that its factors
+// had, and applies the rule from there, 64 rows at a time, as the element-wise kernel does: the
+// same code, so the same bits. Two blocks share a multiprocessor: while one multiplies, the other
+// waits for its weights and states.
+//
+// Deterministic: each element of dW sums its tokens in order in one accumulator.
+#include "elementwise.cuh"
+#include "mma.cuh"
+
+namespace forge {
+
+enum class Mode { Update = 0, Accumulate = 1, Norm = 2 };
+constexpr Mode MODE = static_cast<Mode>(FORGE_MODE);
+constexpr bool ADDS = FORGE_ACCUMULATOR != 0;
+
+constexpr u32 ROWS = FORGE_TILE_ROWS, COLS = 128, DEPTH = 32; // of a tile; tokens of a stage
+constexpr int STAGES = 3;
+// Warps: 2 below each other, 4 beside; a warp's part is ROWS/2 × 32.
+constexpr int DOWN = ROWS / 2 / 16, ACROSS = 32 / 8;
+constexpr u32 STAGE_BYTES = DEPTH * (ROWS + COLS) * 2;
+// Of the tile's rows in shared memory: the four rows that half a warp stores to meet no bank twice.
+constexpr u32 PITCH = COLS + 8;
+constexpr u32 FACTOR_BYTES = STAGES * STAGE_BYTES, TILE_BYTES = ROWS * PITCH * 4;
+// Dynamic shared memory is the larger of the two; backend::cuda::sm80 computes the same.
+static_assert(FACTOR_BYTES <= 48 * 1024 && TILE_BYTES <= 68 * 1024, "two blocks on an SM");
+
+struct FactorPair {
+    const u16 *dy, *x;
+    u64 dy_stride, x_stride; // elements from one token to the next
+    u64 tokens;
+};
+
+constexpr u32 MOST_SEGMENTS = 32;
+
+// backend::cuda::sm80 fills it.
+struct Params {
+    ShardArrays arrays;
+    Shard shard;
+    float *accumulator; // [rows, cols], or null
+    StepSource step;
+    TilePartial *partials; // one for each 64 × 128, row by row; null: not wanted
+    u32 group;             // tiles below each other that are worked on together, for the L2's sake
+    u32 n_segments;
+    FactorPair segments[MOST_SEGMENTS];
+};
+
+// The next stage's tokens, through all segments.
+struct Cursor {
+    u32 segment = 0;
+    u64 token = 0;
+
+    FORGE_DEVICE bool at_end(const Params &p) const { return segment >= p.n_segments; }
+    FORGE_DEVICE void advance(const Params &p) {
+        token += DEPTH;
+        if (token >= p.segments[segment].tokens) {
+            token = 0;
+            ++segment;
+        }
+    }
+};
+
+// Where 16 bytes of a factor lie in a stage: token `depth`, features from 8·unit on. Units of
+// neighbouring tokens are exchanged, so that eight rows of a matrix meet no bank twice.
+template <u32 FEATURES> FORGE_DEVICE u32 unit_offset(u32 depth, u32 unit) {
+    return depth * FEATURES * 2 + (unit ^ (depth & 7u)) * 16;
+}
+
+// Features from `first` on, of which there are `features`, of 32 tokens.
+template <u32 FEATURES>
+FORGE_DEVICE void load_factor(u32 target, const u16 *data, u64 stride, u64 token, u64 tokens,
+                              u64 first, u64 features) {
+    constexpr u32 UNITS = FEATURES / 8;
+#pragma unroll
+    for (u32 i = threadIdx.x; i < DEPTH * UNITS; i += THREADS) {
+        const u32 depth = i / UNITS, unit = i % UNITS;
+        const u64 feature = first + unit * 8;
+        const bool inside = token + depth < tokens && feature < features;
+        const u32 bytes = inside ? 2 * static_cast<u32>(min(features - feature, u64{8})) : 0u;
+        copy_async(target + unit_offset<FEATURES>(depth, unit),
+                   inside ? data + (token + depth) * stride + feature : data, bytes);
+    }
+}
+
+FORGE_DEVICE void load_stage(const Params &p, u32 stage, const Cursor &at, u64 row, u64 col) {
+    const FactorPair &f = p.segments[at.segment];
+    load_factor<ROWS>(stage, f.dy, f.dy_stride, at.token, f.tokens, row, p.shard.rows);
+    load_factor<COLS>(stage + DEPTH * ROWS * 2, f.x, f.x_stride, at.token, f.tokens, col,
+                      p.shard.cols);
+}
+
+FORGE_DEVICE void multiply_stage(u32 stage, float (&acc)[DOWN][ACROSS][4]) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 matrix = lane / 8, in_matrix = lane % 8;
+    const u32 first_row = warp / 4 * (ROWS / 2), first_col = warp % 4 * 32;
+#pragma unroll
+    for (u32 k = 0; k < DEPTH; k += 16) {
+        u32 a[DOWN][4], b[ACROSS / 2][4];
+#pragma unroll
+        for (int i = 0; i < DOWN; ++i) {
+            // Matrices: rows 0..7 and 8..15 of tokens 0..7, then of tokens 8..15.
+            const u32 depth = k + matrix / 2 * 8 + in_matrix;
+            const u32 unit = (first_row + i * 16) / 8 + matrix % 2;
+            load_transposed(stage + unit_offset<ROWS>(depth, unit), a[i]);
+        }
+#pragma unroll
+        for (int j = 0; j < ACROSS / 2; ++j) {
+            // Matrices: tokens 0..7 and 8..15 of columns 0..7, then of columns 8..15.
+            const u32 depth = k + matrix % 2 * 8 + in_matrix;
+            const u32 unit = (first_col + j * 16) / 8 + matrix / 2;
+            load_transposed(stage + DEPTH * ROWS * 2 + unit_offset<COLS>(depth, unit), b[j]);
+        }
+#pragma unroll
+        for (int i = 0; i < DOWN; ++i)
+#pragma unroll
+            for (int j = 0; j < ACROSS; ++j)
+                mma(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+}
+
+// dW of the tile at (row, col), into `tile` of shared memory, where its factors were.
+FORGE_DEVICE void multiply(const Params &p, u32 shared, float *tile, u64 row, u64 col) {
+    float acc[DOWN][ACROSS][4] = {};
+    Cursor ahead;
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
+        if (!ahead.at_end(p)) {
+            load_stage(p, shared + stage * STAGE_BYTES, ahead, row, col);
+            ahead.advance(p);
+        }
+        copies_commit();
+    }
+    u32 stage = 0;
+    for (Cursor at; !at.at_end(p); at.advance(p)) {
+        copies_wait<STAGES - 2>();
+        // All parts of this stage have come, and all have done with the one before it.
+        __syncthreads();
+        const u32 free = stage == 0 ? STAGES - 1 : stage - 1;
+        if (!ahead.at_end(p)) {
+            load_stage(p, shared + free * STAGE_BYTES, ahead, row, col);
+            ahead.advance(p);
+        }
+        copies_commit();
+        multiply_stage(shared + stage * STAGE_BYTES, acc);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+    copies_wait<0>();
+    __syncthreads();
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 first_row = warp / 4 * (ROWS / 2) + lane / 4;
+    const u32 first_col = warp % 4 * 32 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < DOWN; ++i)
+#pragma unroll
+        for (int j = 0; j < ACROSS; ++j) {
+            float *at = tile + (first_row + i * 16) * PITCH + first_col + j * 8;
+            *reinterpret_cast<float2 *>(at) = make_float2(acc[i][j][0], acc[i][j][1]);
+            *reinterpret_cast<float2 *>(at + 8 * PITCH) = make_float2(acc[i][j][2], acc[i][j][3]);
+        }
+    __syncthreads();
+}
+
+// A tile of dW in shared memory, 64 rows of it: what the rule consumes. A thread looks at its own
+// runs alone.
+struct Part {
+    const Params &p;
+    const Tile &tile;
+    float *runs; // the thread's, in the first pass
+
+    FORGE_DEVICE Part(const Params &params, const Tile &of, float *dw)
+        : p(params), tile(of), runs(dw + of.row_in_pass * PITCH + threadIdx.x % LANES * RUN) {}
+
+    FORGE_DEVICE Run<float> take(int pass) const {
+        const float4 *at = reinterpret_cast<const float4 *>(runs + pass * PASS_ROWS * PITCH);
+        const float4 a = at[0], b = at[1];
+        return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+    }
+
+    // With the buffer, whose sum goes where dW was: to the buffer itself, or for `take`. What is
+    // not of the shard counts as zeros: there a factor's infinities met zeros.
+    FORGE_DEVICE Run<float> look(int pass) const {
+        Run<float> run = take(pass);
+        const Place place = tile.place(p.shard, whole(), pass);
+        if constexpr (ADDS) {
+            const Run<float> before = load_run<float>(p.accumulator, place);
+#pragma unroll
+            for (int i = 0; i < RUN; ++i)
+                run.value[i] = __fadd_rn(before.value[i], run.value[i]);
+            if constexpr (MODE == Mode::Accumulate)
+                store_run(p.accumulator, place, run);
+            if constexpr (MODE == Mode::Update) {
+                float4 *at = reinterpret_cast<float4 *>(runs + pass * PASS_ROWS * PITCH);
+                at[0] = reinterpret_cast<const float4 *>(run.value)[0];
+                at[1] = reinterpret_cast<const float4 *>(run.value)[1];
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < RUN; ++i)
+            if (VECTOR ? place.count == 0 : i >= place.count)
+                run.value[i] = 0.0f;
+        return run;
+    }
+
+    FORGE_DEVICE Region whole() const { return {0, 0, p.shard.rows, p.shard.cols}; }
+};
+
+// What becomes of a part of dW. `partial`: what it tells of itself, or null.
+FORGE_DEVICE void consume(const Part &part, const StepScalars &step, double *sums,
+                          TilePartial *partial) {
+    const Params &p = part.p;
+    if constexpr (MODE == Mode::Update) {
+        apply_rule(
+            p.arrays, p.shard, part.whole(), part.tile, step, sums, partial,
+            [&](int pass) { return part.look(pass); }, [&](int pass) { return part.take(pass); });
+    } else {
+        double squares = 0.0;
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+            const Run<float> run = part.look(pass);
+#pragma unroll
+            for (int i = 0; i < RUN; ++i)
+                squares += static_cast<double>(run.value[i]) * static_cast<double>(run.value[i]);
+        }
+        if constexpr (MODE == Mode::Norm) {
+            const double sum = block_sum<THREADS>(squares, sums);
+            if (threadIdx.x == 0 && partial != nullptr)
+                *partial = {sum, is_finite(sum) ? 0u : 1u, 0u};
+        }
+    }
+}
+
+} // namespace forge
+
+using namespace forge;
+
+extern "C" __global__ void __launch_bounds__(forge::THREADS, 2)
+    forge_wgrad_sm80(const __grid_constant__ forge::Params p) {
+    extern __shared__ __align__(128) u8 shared[];
+    __shared__ double sums[THREADS / 32];
+    __shared__ StepScalars scalars;
+    if (threadIdx.x == 0)
+        scalars = p.step.device != nullptr ? *p.step.device : p.step.value;
+
+    const u64 tiles_down = (p.shard.rows + ROWS - 1) / ROWS;
+    const u64 tiles_across = (p.shard.cols + COLS - 1) / COLS;
+    // Down the rows of a group first.
+    const u64 per_group = p.group * tiles_across;
+    const u64 group = blockIdx.x / per_group, within = blockIdx.x % per_group;
+    const u64 height = min(tiles_down - group * p.group, static_cast<u64>(p.group));
+    const u64 row = (group * p.group + within % height) * ROWS, col = within / height * COLS;
+
+    float *dw = reinterpret_cast<float *>(shared);
+    multiply(p, shared_address(shared), dw, row, col);
+
+#pragma unroll 1
+    for (u32 first = 0; first < ROWS && row + first < p.shard.rows; first += TILE_ROWS) {
+        const Tile tile({0, 0, p.shard.rows, p.shard.cols}, row + first, col);
+        const u64 index = (row + first) / TILE_ROWS * tiles_across + col / TILE_COLS;
+        TilePartial *partial = p.partials != nullptr ? p.partials + index : nullptr;
+        consume(Part(p, tile, dw + first * PITCH), scalars, sums, partial);
+    }
+}
