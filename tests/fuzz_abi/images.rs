@@ -175,7 +175,7 @@ impl<'a> Parameter<'a> {
                 1 => EDGES[(random.next() % EDGES.len() as u64) as usize],
                 2 => random.next() as u32,
                 3 => random.fraction(64, 32.0).to_bits(),
-                _ if random.next() % 16 == 0 => edge,
+                _ if random.next().is_multiple_of(16) => edge,
                 _ => random.fraction(64, 32.0).to_bits(),
             };
             // SAFETY: within the payload, which is aligned to 8.
