@@ -336,7 +336,15 @@ typedef uint32_t forge_schedule;
 // A communicator. Opaque.
 typedef struct forge_comm forge_comm;
 
-// A backend and its resources. Opaque.
+// A backend and its resources. Opaque. Threads may share it.
+//
+// After a fork the child may go on to use, and must free as usual, what it inherited: a CPU context
+// starts threads of its own there. A CUDA context does not work in a fork, as CUDA itself does not:
+// calls give FORGE_ERROR_DEVICE. Arrays that the parent's threads were writing at the fork are in an
+// unknown state in the child.
+//
+// The shared library stays loaded after dlclose; a library that libforge.a is linked into should be
+// linked with `-z nodelete` as well.
 typedef struct forge_context forge_context;
 
 // A sharded linear. Opaque; immutable, so that threads may share it.
@@ -840,7 +848,8 @@ void forge_comm_free(forge_comm *comm);
 forge_status forge_context_new(const forge_context_config *config,
                                forge_context **out_context);
 
-// Frees a context; NULL is allowed. Communicators and linears made with it stay valid.
+// Frees a context; NULL is allowed. Communicators and linears made with it stay valid. When the last
+// of the context and its linears is freed, its threads have ended. Not to be called from a callback.
 //
 // # Safety
 // `context` is NULL or was made by forge_context_new and not freed.

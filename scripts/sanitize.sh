@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# The C programs and the fuzzers' corpora under AddressSanitizer, with its search for leaks, and the
-# threads under ThreadSanitizer: `scripts/sanitize.sh --help`.
+# The C programs and the fuzzers' corpora under AddressSanitizer, with its search for leaks:
+# `scripts/sanitize.sh --help`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 command -v cargo >/dev/null || PATH="$HOME/.cargo/bin:$PATH"
 
 usage() {
     cat <<'USAGE'
-usage: scripts/sanitize.sh [address | thread | fuzz] ...
+usage: scripts/sanitize.sh [address | fuzz] ...
 
   address  tests/c against a libforge.a with AddressSanitizer and LeakSanitizer
-  thread   tests/c/threads.c against a libforge.a and a std with ThreadSanitizer (not by default: it
-           builds std, for which rustup needs the component rust-src)
   fuzz     the committed corpora under AddressSanitizer, and 10 seconds of each fuzzer
 
 Default: address fuzz. Stable Rust is enough: RUSTC_BOOTSTRAP lets it take -Zsanitizer.
@@ -23,31 +21,29 @@ runtime=$(rustc --print sysroot)/lib/rustlib/$host/lib
 target=${CARGO_TARGET_DIR:-$root/target}
 libraries=(-lgcc_s -lutil -lrt -lpthread -lm -ldl -lc)
 
-# library SANITIZER CARGO-ARGUMENT...: libforge.a with its code, and that of its dependencies, checked.
+# libforge.a with its code, and that of its dependencies, checked.
 library() {
-    local sanitizer=$1
-    shift
     # Without LTO: this build is made to be checked, not to be fast.
-    RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=$sanitizer" CARGO_TARGET_DIR=$target/$sanitizer \
+    RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$target/address \
         CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
         cargo build --quiet --release --locked --lib --target "$host" \
-        --manifest-path "$root/Cargo.toml" "$@"
+        --manifest-path "$root/Cargo.toml"
 }
 
-# program SANITIZER SOURCE: compiles it with the compiler's own checks and links rustc's runtime, which
-# the staticlib was built for; the compiler's would be a second one.
+# program SOURCE: compiles it with the compiler's own checks and links rustc's runtime, which the
+# static library was built for; the compiler's would be a second one. Then runs it.
 program() {
-    local sanitizer=$1 source=$2 short=asan compile=(cc -std=c99)
-    [[ $sanitizer == address ]] || short=tsan
+    local source=$1 compile=(cc -std=c99)
     [[ $source != *.cpp ]] || compile=(c++ -std=c++17)
-    local out=$target/$sanitizer/programs/${source##*/}
+    local out=$target/address/programs/${source##*/}
     mkdir -p "${out%/*}"
-    "${compile[@]}" -g -O1 -pthread "-fsanitize=$sanitizer" -I "$root/include" -I "$root/tests/c" -c "$source" -o "$out.o"
-    c++ "$out.o" "$target/$sanitizer/$host/release/libforge.a" \
-        -Wl,--whole-archive "$runtime/librustc-stable_rt.$short.a" -Wl,--no-whole-archive \
-        "${libraries[@]}" -o "$out"
-    printf 'sanitize: %s: %s\n' "$sanitizer" "${source##*/}"
-    "$out" >"$out.txt" 2>&1 || {
+    "${compile[@]}" -g -O1 -pthread -fsanitize=address -I "$root/include" -I "$root/tests/c" \
+        -c "$source" -o "$out.o"
+    c++ "$out.o" "$target/address/$host/release/libforge.a" \
+        -Wl,--whole-archive "$runtime"/librustc-*_rt.asan.a -Wl,--no-whole-archive \
+        "${libraries[@]}" -o "$out.out"
+    printf 'sanitize: %s\n' "${source##*/}"
+    "$out.out" >"$out.txt" 2>&1 || {
         cat "$out.txt"
         printf 'sanitize: %s failed\n' "$source" >&2
         exit 1
@@ -78,7 +74,7 @@ int main(void) {
     return (int)forge_linear_export_weight(net_linear(net_context(1)), &parameter, fp32, NULL);
 }
 C
-    if (program address "$source") >/dev/null 2>&1 || ! grep -q heap-buffer-overflow "$out"; then
+    if (program "$source") >/dev/null 2>&1 || ! grep -q heap-buffer-overflow "$out"; then
         printf 'sanitize: an overrun of the library was not found\n' >&2
         exit 1
     fi
@@ -90,16 +86,12 @@ for part in "${parts[@]}"; do
     begin=$SECONDS
     case $part in
         address)
-            library address
+            library
             check_the_checker
             for source in "$root"/tests/c/*.c "$root"/tests/c/*.cpp; do
                 # unload.c opens the shared library, which has no runtime in it.
-                [[ ${source##*/} == unload.c ]] || program address "$source"
+                [[ ${source##*/} == unload.c ]] || program "$source"
             done
-            ;;
-        thread)
-            library thread -Zbuild-std
-            program thread "$root/tests/c/threads.c"
             ;;
         fuzz)
             "$root/scripts/fuzz.sh" --build

@@ -38,6 +38,7 @@ step "Rust docs" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 FORGE_NVRTC=${FORGE_NVRTC:-$(find "$PWD/.venv/lib" -name 'libnvrtc.so.1[23]' | sort | tail -n 1)}
 export FORGE_NVRTC
 step "Rust and C tests" cargo test --quiet
+[[ $(uname -sm) != "Linux x86_64" ]] || step "AddressSanitizer" scripts/sanitize.sh
 step "Python tests" "$bin/python" -m pytest -q tests/python
 step "Megatron tests" "$bin/python" -m pytest -q tests/megatron
 step "demo tests" "$bin/python" -m pytest -q tests/demo

@@ -19,7 +19,15 @@ const MOST_THREADS: u32 = 4096;
 /// Of a lent workspace's first byte.
 const WORKSPACE_ALIGNMENT: usize = 256;
 
-/// A backend and its resources. Opaque.
+/// A backend and its resources. Opaque. Threads may share it.
+///
+/// After a fork the child may go on to use, and must free as usual, what it inherited: a CPU context
+/// starts threads of its own there. A CUDA context does not work in a fork, as CUDA itself does not:
+/// calls give FORGE_ERROR_DEVICE. Arrays that the parent's threads were writing at the fork are in an
+/// unknown state in the child.
+///
+/// The shared library stays loaded after dlclose; a library that libforge.a is linked into should be
+/// linked with `-z nodelete` as well.
 pub struct forge_context {
     pub(super) backend: Arc<dyn Backend>,
 }
@@ -81,7 +89,8 @@ pub unsafe extern "C" fn forge_context_new(
     })
 }
 
-/// Frees a context; NULL is allowed. Communicators and linears made with it stay valid.
+/// Frees a context; NULL is allowed. Communicators and linears made with it stay valid. When the last
+/// of the context and its linears is freed, its threads have ended. Not to be called from a callback.
 ///
 /// # Safety
 /// `context` is NULL or was made by forge_context_new and not freed.

@@ -36,6 +36,11 @@ pub fn check(call: &Call, world: &World, before: &[Vec<u8>], after: &[Vec<u8>]) 
     if !call.finite {
         return false;
     }
+    // Under a fuzzer's instrumentation a product of the largest shapes takes seconds.
+    let tokens: u64 = call.batches.iter().map(|b| b.tokens).sum();
+    if cfg!(forge_asan) && world.layout.out_local * world.layout.in_local * tokens > 1_000_000 {
+        return false;
+    }
     let view = View { call, world, before, after };
     match call.op {
         Op::Backward | Op::Dgrad => {
