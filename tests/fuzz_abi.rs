@@ -25,8 +25,10 @@ const NOT_THE_CALLERS: &[forge_status] = &[
     FORGE_ERROR_THREADS,
     FORGE_ERROR_PANIC,
     FORGE_ERROR_WORKSPACE,
+    FORGE_ERROR_MEMORY,
     FORGE_ERROR_DEVICE,
     FORGE_ERROR_COMPILE,
+    FORGE_ERROR_CACHE,
 ];
 
 /// Calls that one linear is used for.

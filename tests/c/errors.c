@@ -18,6 +18,7 @@ static struct {
     forge_norm norm_out;
     forge_layout layout;
     forge_rule_info rule;
+    forge_warm_report warm;
     uint64_t workspace_bytes;
     forge_context *context;
     forge_comm *comm;
@@ -198,6 +199,34 @@ static void creation(void) {
            forge_clip_coefficient(1.0, NAN, 1.0, &memory.norm, &memory.coefficient));
 }
 
+/* What cannot be compiled ahead of time. Nothing is: no call gets as far as a compiler. */
+static void warming(void) {
+    forge_linear_config linear = linear_config();
+    forge_warm_config c;
+    memset(&c, 0, sizeof c);
+    c.struct_size = sizeof c;
+    c.linear = &linear;
+    memory.warm.struct_size = sizeof memory.warm;
+    EXPECT(FORGE_ERROR_NULL, "config.architecture", forge_warm(&c, &memory.warm));
+    c.architecture = "sm_70";
+    EXPECT(FORGE_ERROR_UNSUPPORTED, "'sm_70'", forge_warm(&c, &memory.warm));
+    EXPECT(FORGE_ERROR_UNSUPPORTED, "config.architecture",
+           forge_context_warm(memory.context, &c, &memory.warm));
+    c.architecture = NULL;
+    c.sm_count = 1;
+    EXPECT(FORGE_ERROR_UNSUPPORTED, "config.sm_count",
+           forge_context_warm(memory.context, &c, &memory.warm));
+    c.device_scalars = 2;
+    EXPECT(FORGE_ERROR_ENUM, "device_scalars", forge_warm(&c, &memory.warm));
+    c.device_scalars = 0;
+    c.ranks = 1u << 20;
+    EXPECT(FORGE_ERROR_RANK, "config.ranks", forge_warm(&c, &memory.warm));
+    c.linear = NULL;
+    EXPECT(FORGE_ERROR_NULL, "config.linear", forge_warm(&c, &memory.warm));
+    memory.warm.struct_size = 8;
+    EXPECT(FORGE_ERROR_STRUCT_SIZE, "out", forge_warm(&c, &memory.warm));
+}
+
 static void calls(void) {
     forge_linear *const linear = memory.linear;
     forge_report *const report = &memory.report;
@@ -332,6 +361,7 @@ int main(void) {
     fill_uniform(memory.dy, TOKENS * OUT, 1.0f, &seed);
     fill_uniform(memory.x, TOKENS * IN, 1.0f, &seed);
     creation();
+    warming();
     calls();
     a_failing_collective();
     forge_linear_free(memory.linear);

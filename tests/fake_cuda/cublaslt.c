@@ -1,4 +1,5 @@
-/* A libcublasLt.so.13 that has an algorithm for nothing, so that all products go to FORGE's own kernels. */
+/* A libcublasLt.so.13 that has an algorithm for nothing, so that all products go to FORGE's own
+ * kernels. */
 #define EXPORT __attribute__((visibility("default")))
 #define NOT_SUPPORTED 15
 

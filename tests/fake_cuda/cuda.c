@@ -1,6 +1,6 @@
-/* A libcuda.so.1 for machines without a GPU: one device whose memory is the host's and whose kernels do
- * nothing. It keeps what the host side can get wrong: which memory is CUDA's, what an image is, whether it
- * has a kernel of that name, what a tensor map may look like.
+/* A libcuda.so.1 for machines without a GPU: one device whose memory is the host's and whose
+ * kernels do nothing. It keeps what the host side can get wrong: which memory is CUDA's, what an
+ * image is, whether it has a kernel of that name, what a tensor map may look like.
  *
  * FAKE_CUDA_INIT        what cuInit returns (0)
  * FAKE_CUDA_VERSION     of the driver (13000)

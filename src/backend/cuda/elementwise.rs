@@ -57,7 +57,8 @@ pub unsafe fn update(
     unsafe { gpu.run(kernel, &mut parameters, stream) }
 }
 
-/// What the kernel is compiled for; `vector`: see [`is_vector`].
+/// What the kernel is compiled for; `vector`: whether runs of 8 elements are
+/// read at once.
 pub fn defines(scheme: &Scheme, vector: bool) -> Vec<String> {
     let mut defines = specialise::update(scheme);
     defines.push(format!("FORGE_VECTOR={}", u32::from(vector)));
