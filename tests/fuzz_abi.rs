@@ -20,8 +20,6 @@ use std::path::Path;
 /// bug, and what only a GPU has.
 const NOT_THE_CALLERS: &[forge_status] = &[
     FORGE_ERROR_RULE_FUNCTION,
-    FORGE_ERROR_MEMORY,
-    FORGE_ERROR_CACHE,
     FORGE_ERROR_THREADS,
     FORGE_ERROR_PANIC,
     FORGE_ERROR_WORKSPACE,
