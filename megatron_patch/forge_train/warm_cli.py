@@ -36,10 +36,6 @@ examples:
 _FACTORS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _rules() -> dict[str, type[rules.Rule]]:
-    return {rule.name: rule for rule in rules.Rule.__subclasses__()}
-
-
 def _shape(text: str) -> Shape:
     out, cross, features = text.partition("x")
     if not (cross and out.isdigit() and features.isdigit() and int(out) and int(features)):
@@ -68,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     tool.add_argument("--arch", required=True, help="of the GPUs: sm_80, sm_90a, sm_100a")
-    tool.add_argument("--rule", choices=sorted(_rules()), default="adamw", help="(default: adamw)")
+    tool.add_argument(
+        "--rule", choices=sorted(rules.built_in()), default="adamw", help="(default: adamw)"
+    )
     tool.add_argument(
         "--option",
         action="append",
@@ -127,7 +125,7 @@ def _rule(name: str, options: Sequence[str]) -> rules.Rule:
     Raises:
         ValueError: an option that it does not have, or a value that is none.
     """
-    rule = _rules()[name]
+    rule = rules.built_in()[name]
     known = [field.name for field in dataclasses.fields(rule)]
     values = {}
     for option in options:
