@@ -1,4 +1,4 @@
-"""A weight of more than 2^31 elements: its corners, and where its index passes 2^31, follow fp64."""
+"""A weight of more than 2^31 elements follows fp64, also where its index passes 2^31."""
 
 from __future__ import annotations
 
