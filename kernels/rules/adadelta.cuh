@@ -20,8 +20,7 @@ struct Adadelta {
     FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
         g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
         s[0] = __fmaf_rn(__fmul_rn(c[3], g), g, __fmul_rn(c[2], s[0]));
-        const float above = root(__fadd_rn(s[1], c[4])),
-                    below = root(__fadd_rn(s[0], c[4]));
+        const float above = root(__fadd_rn(s[1], c[4])), below = root(__fadd_rn(s[0], c[4]));
         const float delta = __fmul_rn(quotient(above, below), g);
         s[1] = __fmaf_rn(__fmul_rn(c[3], delta), delta, __fmul_rn(c[2], s[1]));
         w = __fmaf_rn(c[0], delta, w);
