@@ -11,9 +11,10 @@ Installs a prebuilt forge_train wheel in a temporary directory and runs, without
 network, on one NVIDIA GPU:
 
   tests     tests/gpu under pytest                     → tests.json
-  sanitize  compute-sanitizer, memcheck and racecheck  → sanitize.json, sanitize_*.txt
+  sanitize  compute-sanitizer, all four tools          → sanitize.json, sanitize_*.txt
   bench     the benchmarks and their plots             → wgrad_update.json, compile_time.json,
-                                                         peak_memory.json, targets.txt, *.svg, *.png
+                                                         peak_memory.json, rules.json, targets.txt,
+                                                         *.svg, *.png
   train     the demo in fp32 on the CPU and on the GPU → train.json
   all       all four, in this order (default)
 
@@ -31,6 +32,8 @@ Environment:
                     seconds that a part may take (default: 420, 240, 420, 240)
   FORGE_TEST_ARGS, FORGE_BENCH_ARGS, FORGE_SANITIZER_ARGS
                     more arguments for pytest, wgrad_update.py and compute-sanitizer
+  FORGE_SANITIZER_TOOLS
+                    which of its tools (default: memcheck racecheck initcheck synccheck)
 USAGE
 }
 
@@ -151,7 +154,7 @@ in_parts() {
 }
 
 part_sanitize() {
-    local sanitizer tool arguments status runs=()
+    local sanitizer tool tools arguments status runs=()
     sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
     if [[ ! -x $sanitizer ]]; then
         echo "gpu_suite: compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin" >&2
@@ -163,7 +166,8 @@ part_sanitize() {
         tail -n 20 "$scratch/plain.txt"
         return 1
     }
-    for tool in memcheck racecheck; do
+    read -ra tools <<<"${FORGE_SANITIZER_TOOLS:-memcheck racecheck initcheck synccheck}"
+    for tool in "${tools[@]}"; do
         status=0
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 in_parts "$out/sanitize_$tool.txt" "$sanitizer" \
             --tool "$tool" --error-exitcode 9 --print-limit 20 "${arguments[@]}" "$python" || status=$?
@@ -180,6 +184,7 @@ part_bench() {
     # The small ones first; the large one fills the time that is left.
     limited 120 "$python" benchmarks/compile_time.py --out "$out/compile_time.json" || status=1
     limited 60 "$python" benchmarks/peak_memory.py --out "$out/peak_memory.json" || status=1
+    limited 90 "$python" benchmarks/rules.py --out "$out/rules.json" || status=1
     limited "$limit" "$python" benchmarks/wgrad_update.py --budget-s "$((limit - 20))" \
         --out "$out/wgrad_update.json" "${arguments[@]}" || status=1
     if [[ -f $out/wgrad_update.json ]]; then

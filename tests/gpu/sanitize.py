@@ -8,11 +8,13 @@ and the tool sees every access beyond one.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import torch
+from gpu_cases import RULES
 
-from forge_train import SGD, Adam, AdamW, Lion, Rule
+from forge_train import AdamW, Rule, UserRule
 from forge_train.native import Linear, LinearSpec, Segment
 
 WEIGHTS = ("bf16", "bf16+16", "bf16+fp32", "fp32")
@@ -62,19 +64,31 @@ def run(
     torch.cuda.synchronize()
 
 
-def cases(quick: bool) -> list[tuple[Rule, tuple[str, str], torch.dtype]]:
-    """Every format under AdamW, every rule in one format, every dtype of factors."""
+# Rule, formats of weight and states, dtype of the factors, FORGE_MAINLOOP.
+Case = tuple[Rule, tuple[str, str], torch.dtype, str]
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every format under AdamW, every rule, dtype and mainloop in some."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    found: list[tuple[Rule, tuple[str, str], torch.dtype]] = [
-        (AdamW(), (weight, state), fp32 if weight == "fp32" else bf16)
+    found: list[Case] = [
+        (AdamW(), (weight, state), fp32 if weight == "fp32" else bf16, "")
         for weight in WEIGHTS
         for state in STATES
         if not quick or weight == "bf16"
     ]
-    if not quick:
-        rules = (SGD(), SGD(momentum=0.9), Adam(), Lion())
-        found += [(rule, ("bf16", "bf16"), bf16) for rule in rules]
-        found.append((AdamW(), ("bf16", "bf16"), fp16))
+    if quick:
+        return found
+    own = UserRule(
+        "sanitized", states=["m"], beta=0.9, per_step={"bias": "1.0 - pow(beta, step)"},
+        cuda="m += (1.0f - beta) * (g - m); w -= lr / bias * m;",
+    )  # fmt: skip
+    for rule in (*RULES.values(), own):
+        found.append((rule, ("bf16", "bf16"), bf16, ""))
+        found.append((rule, ("bf16", "q8"), bf16, "sm80"))
+    found += [(AdamW(), (weight, "fp32"), bf16, "sm80") for weight in WEIGHTS]
+    found += [(AdamW(), ("bf16", state), bf16, "panel") for state in STATES]
+    found += [(AdamW(), ("bf16", "bf16"), fp16, mainloop) for mainloop in ("", "sm80")]
     return found
 
 
@@ -93,17 +107,18 @@ def main() -> None:
         sys.exit("sanitize: no NVIDIA GPU that torch can use")
     torch.manual_seed(1)
     calls, refused = 0, 0
-    for rule, formats, factor in cases(options.quick)[part - 1 :: parts]:
+    for rule, formats, factor, mainloop in cases(options.quick)[part - 1 :: parts]:
+        os.environ["FORGE_MAINLOOP"] = mainloop
         for shape in SHAPES:
             for tokens in TOKENS:
-                name = f"{rule.name} {'/'.join(formats)} {shape} {tokens} {factor}"
+                name = f"{rule.name} {'/'.join(formats)} {shape} {tokens} {factor} {mainloop}"
                 try:
                     run(rule, formats, shape, tokens, factor)
                 except ValueError as error:
                     refused += 1
                     print(f"sanitize: {name}: refused: {error}", flush=True)
                 calls += 1
-        print(f"sanitize: {rule.name} {'/'.join(formats)} {factor} done", flush=True)
+        print(f"sanitize: {rule.name} {'/'.join(formats)} {factor} {mainloop} done", flush=True)
     print(f"sanitize: {calls} cases, {refused} refused")
     if refused == calls:
         sys.exit("sanitize: the library refused every case")
