@@ -1118,6 +1118,27 @@ forge_status forge_linear_import_state(const forge_linear *linear,
                                        forge_const_buffer fp32,
                                        void *stream);
 
+// forge_linear_update of several linears of one context, `updates[i]` of `linears[i]`, without waiting:
+// reports go to `device_report` alone. Many small weights leave most of a GPU idle one by one; here those with
+// the same formats, rule and scalars share launches. All updates are checked before the first of them begins,
+// and none may write what another one reads or writes. `count` may be 0.
+//
+// A weight that shares a launch may get other bits than from forge_linear_update on GPUs of compute capability
+// 9.0, which have a kernel of their own for one weight; the same calls always give the same bits.
+//
+// Written: weight, `weight_extra`, states and scales of each `updates[i]->parameter`.
+//
+// Errors: as forge_linear_update, with `updates[i]` in the message; FORGE_ERROR_UNSUPPORTED (linears of
+// different contexts). Those of a device, and of a rule's own function, may leave some updates done and the
+// others not, and reports unwritten.
+//
+// # Safety
+// As forge_linear_backward, of each; `linears` and `updates` have `count` elements.
+forge_status forge_linear_update_group(forge_linear *const *linears,
+                                       const forge_update *const *updates,
+                                       uint32_t count,
+                                       void *stream);
+
 // Compiles the kernels that a linear will need into a directory, for a GPU that need not be here: on a
 // login node, for an air-gapped cluster. `config->architecture` must be set. What is there already is
 // left; what is damaged is made again. Several processes may fill one directory at once.

@@ -28,6 +28,18 @@ FORGE_DEVICE double sum_of(const TilePartial *partials, u64 count, u64 &nonfinit
     return sum;
 }
 
+// The reports of a grouped launch; backend::cuda::reduce fills it.
+constexpr u32 MOST_REPORTS = 160;
+struct ReportOf {
+    const TilePartial *partials;
+    u64 count;
+    Report *target;
+};
+struct Reports {
+    ReportOf of[MOST_REPORTS];
+};
+static_assert(sizeof(Reports) <= 4096, "what every driver takes by value");
+
 } // namespace forge
 
 using namespace forge;
@@ -43,6 +55,16 @@ extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
         *first = report;
     if (second != nullptr)
         *second = report;
+}
+
+// A block for each.
+extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
+    forge_reports(const __grid_constant__ Reports all) {
+    const ReportOf &one = all.of[blockIdx.x];
+    u64 nonfinite;
+    const double sum = sum_of(one.partials, one.count, nonfinite);
+    if (threadIdx.x == 0)
+        *one.target = {sizeof(Report), 0, one.count, nonfinite, sum};
 }
 
 extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)

@@ -10,6 +10,10 @@
 #include "elementwise.cuh"
 #include "mma.cuh"
 
+#ifndef FORGE_GROUP
+#define FORGE_GROUP 0
+#endif
+
 namespace forge {
 
 enum class Mode { Update = 0, Accumulate = 1, Norm = 2 };
@@ -33,18 +37,70 @@ struct FactorPair {
     u64 tokens;
 };
 
-constexpr u32 MOST_SEGMENTS = 32;
-
-// backend::cuda::sm80 fills it.
-struct Params {
+// A weight and what becomes of it; backend::cuda::sm80 fills it.
+struct Problem {
     ShardArrays arrays;
     Shard shard;
-    float *accumulator; // [rows, cols], or null
-    StepSource step;
+    float *accumulator;    // [rows, cols], or null
     TilePartial *partials; // one for each 64 × 128, row by row; null: not wanted
-    u32 group;             // tiles below each other that are worked on together, for the L2's sake
-    u32 n_segments;
+    u16 group;             // tiles below each other that are worked on together, for the L2's sake
+    u16 n_segments;
+    // In a grouped launch, for this weight: its first block and segment, and its parameter's id.
+    u32 first_block, first_segment, parameter;
+};
+
+#if FORGE_GROUP
+// Many weights, too small to fill a GPU one by one; backend::cuda::group fills it. The scalars are
+// those of all, but for the id in the key. 4096 bytes: what every driver takes by value.
+struct Params {
+    StepScalars step;
+    u32 n_problems;
+    // Problems, then all their segments, so that either may be many.
+    u64 pool[(4096 - sizeof(StepScalars) - sizeof(u32)) / sizeof(u64)];
+
+    // Whose block this is. First blocks ascend.
+    FORGE_DEVICE const Problem &problem() const {
+        const Problem *at = reinterpret_cast<const Problem *>(pool);
+        u32 index = 0;
+        while (index + 1 < n_problems && at[index + 1].first_block <= blockIdx.x)
+            ++index;
+        return at[index];
+    }
+    FORGE_DEVICE static u32 block_of(const Problem &problem) {
+        return blockIdx.x - problem.first_block;
+    }
+    FORGE_DEVICE const FactorPair *segments_of(const Problem &problem) const {
+        const u64 *behind = pool + n_problems * (sizeof(Problem) / sizeof(u64));
+        return reinterpret_cast<const FactorPair *>(behind) + problem.first_segment;
+    }
+    FORGE_DEVICE StepScalars scalars(const Problem &problem) const {
+        StepScalars out = step;
+        out.key[1] = problem.parameter;
+        return out;
+    }
+};
+static_assert(sizeof(Params) == 4096 && sizeof(Problem) == 128, "backend::cuda::group's");
+#else
+constexpr u32 MOST_SEGMENTS = 32;
+
+struct Params {
+    Problem only;
+    StepSource step;
     FactorPair segments[MOST_SEGMENTS];
+
+    FORGE_DEVICE const Problem &problem() const { return only; }
+    FORGE_DEVICE static u32 block_of(const Problem &) { return blockIdx.x; }
+    FORGE_DEVICE const FactorPair *segments_of(const Problem &) const { return segments; }
+    FORGE_DEVICE StepScalars scalars(const Problem &) const {
+        return step.device != nullptr ? *step.device : step.value;
+    }
+};
+#endif
+
+// What a block multiplies.
+struct Product {
+    const Problem &problem;
+    const FactorPair *segments;
 };
 
 // The next stage's tokens, through all segments.
@@ -52,8 +108,8 @@ struct Cursor {
     u32 segment = 0;
     u64 token = 0;
 
-    FORGE_DEVICE bool at_end(const Params &p) const { return segment >= p.n_segments; }
-    FORGE_DEVICE void advance(const Params &p) {
+    FORGE_DEVICE bool at_end(const Product &p) const { return segment >= p.problem.n_segments; }
+    FORGE_DEVICE void advance(const Product &p) {
         token += DEPTH;
         if (token >= p.segments[segment].tokens) {
             token = 0;
@@ -84,11 +140,12 @@ FORGE_DEVICE void load_factor(u32 target, const u16 *data, u64 stride, u64 token
     }
 }
 
-FORGE_DEVICE void load_stage(const Params &p, u32 stage, const Cursor &at, u64 row, u64 col) {
+FORGE_DEVICE void load_stage(const Product &p, u32 stage, const Cursor &at, u64 row, u64 col) {
     const FactorPair &f = p.segments[at.segment];
-    load_factor<ROWS>(stage, f.dy, f.dy_stride, at.token, f.tokens, row, p.shard.rows);
+    const Shard &shard = p.problem.shard;
+    load_factor<ROWS>(stage, f.dy, f.dy_stride, at.token, f.tokens, row, shard.rows);
     load_factor<COLS>(stage + DEPTH * ROWS * 2, f.x, f.x_stride, at.token, f.tokens, col,
-                      p.shard.cols);
+                      shard.cols);
 }
 
 FORGE_DEVICE void multiply_stage(u32 stage, float (&acc)[DOWN][ACROSS][4]) {
@@ -121,7 +178,7 @@ FORGE_DEVICE void multiply_stage(u32 stage, float (&acc)[DOWN][ACROSS][4]) {
 }
 
 // dW of the tile at (row, col), into `tile` of shared memory, where its factors were.
-FORGE_DEVICE void multiply(const Params &p, u32 shared, float *tile, u64 row, u64 col) {
+FORGE_DEVICE void multiply(const Product &p, u32 shared, float *tile, u64 row, u64 col) {
     float acc[DOWN][ACROSS][4] = {};
     Cursor ahead;
 #pragma unroll
@@ -165,12 +222,12 @@ FORGE_DEVICE void multiply(const Params &p, u32 shared, float *tile, u64 row, u6
 // A tile of dW in shared memory, 64 rows of it: what the rule consumes. A thread looks at its own
 // runs alone.
 struct Part {
-    const Params &p;
+    const Problem &p;
     const Tile &tile;
     float *runs; // the thread's, in the first pass
 
-    FORGE_DEVICE Part(const Params &params, const Tile &of, float *dw)
-        : p(params), tile(of), runs(dw + of.row_in_pass * PITCH + threadIdx.x % LANES * RUN) {}
+    FORGE_DEVICE Part(const Problem &problem, const Tile &of, float *dw)
+        : p(problem), tile(of), runs(dw + of.row_in_pass * PITCH + threadIdx.x % LANES * RUN) {}
 
     FORGE_DEVICE Run<float> take(int pass) const {
         const float4 *at = reinterpret_cast<const float4 *>(runs + pass * PASS_ROWS * PITCH);
@@ -209,7 +266,7 @@ struct Part {
 // What becomes of a part of dW. `partial`: what it tells of itself, or null.
 FORGE_DEVICE void consume(const Part &part, const StepScalars &step, double *sums,
                           TilePartial *partial) {
-    const Params &p = part.p;
+    const Problem &p = part.p;
     if constexpr (MODE == Mode::Update) {
         apply_rule(
             p.arrays, p.shard, part.whole(), part.tile, step, sums, partial,
@@ -236,23 +293,25 @@ FORGE_DEVICE void consume(const Part &part, const StepScalars &step, double *sum
 using namespace forge;
 
 extern "C" __global__ void __launch_bounds__(forge::THREADS, 2)
-    forge_wgrad_sm80(const __grid_constant__ forge::Params p) {
+    forge_wgrad_sm80(const __grid_constant__ forge::Params params) {
     extern __shared__ __align__(128) u8 shared[];
     __shared__ double sums[THREADS / 32];
     __shared__ StepScalars scalars;
+    const Problem &p = params.problem();
     if (threadIdx.x == 0)
-        scalars = p.step.device != nullptr ? *p.step.device : p.step.value;
+        scalars = params.scalars(p);
 
+    const u32 block = params.block_of(p);
     const u64 tiles_down = (p.shard.rows + ROWS - 1) / ROWS;
     const u64 tiles_across = (p.shard.cols + COLS - 1) / COLS;
     // Down the rows of a group first.
     const u64 per_group = p.group * tiles_across;
-    const u64 group = blockIdx.x / per_group, within = blockIdx.x % per_group;
+    const u64 group = block / per_group, within = block % per_group;
     const u64 height = min(tiles_down - group * p.group, static_cast<u64>(p.group));
     const u64 row = (group * p.group + within % height) * ROWS, col = within / height * COLS;
 
     float *dw = reinterpret_cast<float *>(shared);
-    multiply(p, shared_address(shared), dw, row, col);
+    multiply({p, params.segments_of(p)}, shared_address(shared), dw, row, col);
 
 #pragma unroll 1
     for (u32 first = 0; first < ROWS && row + first < p.shard.rows; first += TILE_ROWS) {

@@ -98,6 +98,11 @@ fn train_two_layer() {
 }
 
 #[test]
+fn update_group() {
+    build_and_run("update_group.c");
+}
+
+#[test]
 fn deferred_clip() {
     build_and_run("deferred_clip.c");
 }
@@ -167,6 +172,7 @@ fn every_program_is_a_test() {
         "threads.c",
         "train_two_layer.c",
         "unload.c",
+        "update_group.c",
         "user_rule.c",
     ];
     assert_eq!(programs, tested);

@@ -6,6 +6,8 @@
 #[path = "emulated/check.rs"]
 mod check;
 mod common;
+#[path = "emulated/grouped.rs"]
+mod grouped;
 #[path = "emulated/kernel.rs"]
 mod kernel;
 #[path = "emulated/memory.rs"]

@@ -13,6 +13,7 @@ use forge::ffi::error::*;
 use forge::ffi::linear::*;
 use forge::ffi::run::*;
 use forge::ffi::types::*;
+use forge::ffi::update_group::*;
 use forge::ffi::warm::*;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
@@ -119,13 +120,21 @@ struct Layer {
 
 impl Layer {
     fn new(context: *mut forge_context, config: &forge_linear_config, segments: usize) -> Self {
-        let (mut comm, mut linear) = (null_mut(), null_mut());
-        let mut layout: forge_layout = sized();
         let mut bytes = 0;
-        // SAFETY: handles and structs are live; the workspace is memory of the fake GPU.
+        // SAFETY: handles are live; the workspace is memory of the fake GPU.
         unsafe {
             ok(forge_context_workspace_bytes(context, &mut bytes));
             ok(forge_context_set_workspace(context, device(bytes)));
+        }
+        Self::another(context, config, segments)
+    }
+
+    /// In a context that has a workspace.
+    fn another(context: *mut forge_context, config: &forge_linear_config, segments: usize) -> Self {
+        let (mut comm, mut linear) = (null_mut(), null_mut());
+        let mut layout: forge_layout = sized();
+        // SAFETY: handles and structs are live.
+        unsafe {
             ok(forge_comm_new_solo(context, &mut comm));
             ok(forge_linear_new(context, comm, config, &mut linear));
             ok(forge_linear_layout(linear, &mut layout));
@@ -142,9 +151,10 @@ impl Layer {
         step.scalars.hyper[..5].copy_from_slice(&[1e-3, 0.0, 0.9, 0.99, 1e-8]);
         let element =
             if config.factor_dtype == forge_dtype::FORGE_DTYPE_F32 as u32 { 4 } else { 2 };
+        let (rows, cols) = (config.out_features, config.in_features);
         let segment = || forge_segment {
-            dy: constant(device(TOKENS * ROWS * element)),
-            x: constant(device(TOKENS * COLS * element)),
+            dy: constant(device(TOKENS * rows * element)),
+            x: constant(device(TOKENS * cols * element)),
             tokens: TOKENS,
             dy_stride: 0,
             x_stride: 0,
@@ -155,9 +165,9 @@ impl Layer {
             step,
             segments: (0..segments).map(|_| segment()).collect(),
             accumulator: device(layout.accumulator.bytes),
-            dx: device(TOKENS * COLS * element),
-            dbias: device(ROWS * element),
-            image: device(4 * ROWS * COLS),
+            dx: device(TOKENS * cols * element),
+            dbias: device(rows * element),
+            image: device(4 * rows * cols),
             states: layout.n_states,
         }
     }
@@ -173,11 +183,16 @@ impl Layer {
         unsafe { forge_linear_backward(self.linear, &call, null_mut(), null_mut()) }
     }
 
-    fn update(&self, segments: usize, accumulator: forge_buffer) -> forge_status {
+    fn update_of(&self, segments: usize, accumulator: forge_buffer) -> forge_update {
         let mut call: forge_update = sized();
         (call.n_segments, call.segments) = (segments as u32, self.segments.as_ptr());
         call.accumulator = constant(accumulator);
         (call.parameter, call.step) = (&self.parameter, &self.step);
+        call
+    }
+
+    fn update(&self, segments: usize, accumulator: forge_buffer) -> forge_status {
+        let call = self.update_of(segments, accumulator);
         let mut report: forge_report = sized();
         // SAFETY: as above.
         unsafe { forge_linear_update(self.linear, &call, &mut report, null_mut()) }
@@ -267,6 +282,72 @@ fn warm_and_run() {
     let other = config(c"sgd", FORGE_DTYPE_BF16, FORGE_STATE_F32);
     Layer::new(context, &other, 1).all();
     assert!(COMPILED.load(Ordering::Relaxed) > 0);
+}
+
+/// What `many_small_linears_take_few_launches` runs under the fake libraries: forty layers as warmed, and
+/// one whose update is not for a group.
+#[test]
+#[ignore = "run by many_small_linears_take_few_launches"]
+fn update_forty_layers() {
+    let context = context();
+    let mut linear =
+        config(c"adamw", forge_dtype::FORGE_DTYPE_BF16, forge_state_format::FORGE_STATE_BF16);
+    (linear.out_features, linear.in_features) = (512, 512);
+    let mut warm: forge_warm_config = sized();
+    (warm.linear, warm.tokens, warm.micro_batches, warm.threads) = (&linear, TOKENS, 1, 1);
+    let mut report: forge_warm_report = sized();
+    // SAFETY: the structs and what they point to are live.
+    unsafe { ok(forge_context_warm(context, &warm, &mut report)) };
+    COMPILED.store(0, Ordering::Relaxed);
+
+    let mut layers = vec![Layer::new(context, &linear, 1)];
+    for id in 1..41 {
+        linear.parameter_id = id;
+        layers.push(Layer::another(context, &linear, 1));
+    }
+    let group = |update: &dyn Fn(&Layer) -> forge_update| {
+        let updates: Vec<forge_update> = layers.iter().map(update).collect();
+        let updates: Vec<*const forge_update> = updates.iter().map(|u| &raw const *u).collect();
+        let linears: Vec<*mut forge_linear> = layers.iter().map(|l| l.linear).collect();
+        let before = launches().len();
+        // SAFETY: handles and structs are live, buffers have their sizes.
+        let status = unsafe {
+            let n = linears.len() as u32;
+            forge_linear_update_group(linears.as_ptr(), updates.as_ptr(), n, null_mut())
+        };
+        (status, launches().split_off(before))
+    };
+    let last = layers.last().unwrap().linear;
+    let update = |layer: &Layer, accumulator| {
+        // Without factors there is nothing to multiply.
+        let segments = usize::from(layer.linear != last);
+        let mut call = layer.update_of(segments, accumulator);
+        call.device_report = device(size_of::<forge_report>() as u64).data.cast();
+        call
+    };
+    let few = ["forge_wgrad_sm80", "forge_wgrad_sm80", "forge_reports"];
+    let (status, launched) = group(&|layer| update(layer, NO_BUFFER));
+    ok(status);
+    assert_eq!(launched, [&few[..], &["forge_elementwise", "forge_report"]].concat());
+    let (status, launched) = group(&|layer| update(layer, layer.accumulator));
+    ok(status);
+    assert_eq!(launched[..3], few);
+    // Nobody asked for a report.
+    let (status, launched) = group(&|layer| layer.update_of(1, NO_BUFFER));
+    ok(status);
+    assert_eq!(launched, few[..2]);
+    assert_eq!(COMPILED.load(Ordering::Relaxed), 0);
+
+    let host = [0u8; 8];
+    let (status, launched) = group(&|layer| {
+        let mut call = layer.update_of(1, NO_BUFFER);
+        if layer.linear == last {
+            call.accumulator = forge_const_buffer { data: host.as_ptr().cast(), bytes: 1 << 20 };
+        }
+        call
+    });
+    assert_eq!((status, launched.len()), (FORGE_ERROR_MEMORY, 0), "{}", last_error());
+    assert!(last_error().starts_with("updates[40]: accumulator: 0x"), "{}", last_error());
 }
 
 /// What the test below runs twice: with NVRTC to warm, and without to run.
@@ -419,6 +500,12 @@ fn a_warmed_cache_needs_no_compiler() {
 fn what_was_warmed_is_all_that_a_run_asks_for() {
     run("warm_and_run", "90", "sm_90a");
     run("warm_and_run", "80", "sm_80");
+}
+
+#[test]
+fn many_small_linears_take_few_launches() {
+    run("update_forty_layers", "90", "sm_90a");
+    run("update_forty_layers", "80", "sm_80");
 }
 
 #[test]

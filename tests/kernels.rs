@@ -169,8 +169,13 @@ fn fused_sm80(tile_rows: u32, all: bool) -> Vec<(Scheme, sm80::Specialisation)> 
     let (most, adamw) = (in_use(), |(w, s), factor| scheme("adamw", 0, w, s, factor));
     let mut out = Vec::new();
     let mut add = |scheme: Scheme, mode, rows: u32, accumulator: bool, vector: bool| {
-        let fused = sm80::Specialisation { mode, tile_rows: rows, accumulator, vector };
+        let group = false;
+        let fused = sm80::Specialisation { mode, tile_rows: rows, accumulator, vector, group };
         out.push((scheme, fused));
+        // Groups are of small weights, and small tiles.
+        if mode == Mode::Update && rows == 64 {
+            out.push((scheme, sm80::Specialisation { group: true, ..fused }));
+        }
     };
     for formats in &most {
         add(adamw(*formats, Dtype::Bf16), Mode::Update, tile_rows, false, true);

@@ -10,6 +10,7 @@ use forge::ffi::linear::*;
 use forge::ffi::rule::*;
 use forge::ffi::run::*;
 use forge::ffi::types::*;
+use forge::ffi::update_group::forge_linear_update_group;
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_void};
 use std::ptr::{null, null_mut};
@@ -368,6 +369,22 @@ impl Fixture {
                 let report = p.of("report", report.as_mut_ptr());
                 let linear = p.of("linear", self.linear);
                 forge_linear_update(linear, p.read("update", &u), report, stream)
+            });
+            refused += check("forge_linear_update_group", |p| {
+                let mut device_report = [sized::<forge_report>(); 2];
+                let segments = [self.segment(p); 2];
+                let parameter = self.parameter(p, false);
+                let mut u = sized::<forge_update>();
+                u.n_segments = 1;
+                u.segments = p.read("segments", segments.as_ptr());
+                u.accumulator = self.accumulator.constant(p, "accumulator", 4);
+                u.parameter = p.read("parameter", &parameter);
+                u.step = p.read("step", &self.step);
+                u.device_report = p.of("device_report", device_report.as_mut_ptr());
+                let updates = [p.read("update", &u); 2];
+                let linears = [p.of("linears[0]", self.linear); 2];
+                let updates = p.read("updates", updates.as_ptr());
+                forge_linear_update_group(p.read("linears", linears.as_ptr()), updates, 1, stream)
             });
             refused += check("forge_linear_accumulate", |p| {
                 let segments = [self.segment(p); 2];

@@ -307,16 +307,30 @@ class Linear:
         Returns:
             What the update did; None where it is left in ``report``.
         """
+        call, _pointed_to = self.update_struct(segments, storage, scalars, accumulator)
+        host_report = self._report(call, report)
+        self._call(lib.forge_linear_update, call, host_report)
+        return report_of(host_report) if host_report else None
+
+    def update_struct(
+        self,
+        segments: Sequence[Segment],
+        storage: Storage,
+        scalars: Scalars | torch.Tensor,
+        accumulator: torch.Tensor | None = None,
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """A ``forge_update`` for :meth:`update`, and what it points to: keep both until the call.
+
+        On a GPU the factors may be let go once the call has been made.
+        """
         call = new_struct("forge_update")
         array, step = segment_array(segments, self.device, self.name), self._step(scalars)
         parameter = self._parameter(storage)
         call.n_segments, call.segments = len(segments), array
         fill_buffer(call.accumulator, accumulator, self.device, f"{self.name}: accumulator")
         call.parameter, call.step = parameter, step
-        host_report = self._report(call, report)
         self._hold(segments)
-        self._call(lib.forge_linear_update, call, host_report)
-        return report_of(host_report) if host_report else None
+        return call, (array, step, parameter)
 
     def _call(self, function: Any, *arguments: Any) -> None:
         """Run a function of the library on torch's current stream of this device."""

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from ._types import SCHEDULES, BackwardResult, choice
+from ._context import Context
+from ._types import SCHEDULES, BackwardResult, Scalars, choice
 from .misuse import recomputed, reused, second_backward
 from .reports import Reports, norms_of
 from .step import StepResult, clip_coefficient
-from .weights import DenseWeight, FusedWeight, Use, Weight
+from .weights import DenseWeight, FusedWeight, Use, Weight, apply_together
 
 __all__ = [
     "DenseWeight",
@@ -230,8 +231,15 @@ class Engine:
                 weight.group, step=weight.step + 1, seed=self.seed, grad_scale=coefficient
             )
             work.append((weight, scalars))
+        together: dict[Context, list[tuple[FusedWeight, Scalars, torch.Tensor]]] = {}
         for weight, scalars in work:
-            weight.apply(scalars, self.reports.row(weight))
+            report = self.reports.row(weight)
+            if report is not None and isinstance(weight, FusedWeight):
+                together.setdefault(weight.linear.context, []).append((weight, scalars, report))
+            else:
+                weight.apply(scalars, report)
+        for context, entries in together.items():
+            apply_together(context, entries)
         return self._nonfinite_tiles(weight for weight, _scalars in work)
 
     def _nonfinite_tiles(self, updated: Iterable[Weight]) -> dict[str, int]:

@@ -6,13 +6,16 @@ from the gradient that autograd left (embeddings, norms, biases), with the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 
+from ._context import Context
+from ._lib import check, ffi, lib
 from ._linear import Linear
+from ._structs import struct_at
 from ._types import Norm, Plan, Report, Scalars, Segment
 
 if TYPE_CHECKING:
@@ -190,6 +193,10 @@ class FusedWeight(Weight):
         self.report = self.linear.update(
             self.segments, self.storage, scalars, self._accumulated(), report
         )
+        self.applied(scalars)
+
+    def applied(self, scalars: Scalars) -> None:
+        """Note an update over everything pending, which is gone."""
         self.step = scalars.step
         self.version += 1
         self.clear()
@@ -202,6 +209,31 @@ class FusedWeight(Weight):
 
     def _accumulated(self) -> torch.Tensor | None:
         return self.accumulator if self.accumulated else None
+
+
+def apply_together(
+    context: Context, work: Sequence[tuple[FusedWeight, Scalars, torch.Tensor]]
+) -> None:
+    """Update weights of one context in one call, which lets small ones share launches.
+
+    Each comes with its scalars and the row of ``DeviceStructs`` that takes its report.
+    """
+    calls, pointed_to = [], []
+    for weight, scalars, report in work:
+        call, kept = weight.linear.update_struct(
+            weight.segments, weight.storage, scalars, weight._accumulated()
+        )
+        what = f"{weight.name}: report"
+        call.device_report = struct_at(report, "forge_report", weight.linear.device, what)
+        calls.append(call)
+        pointed_to.append(kept)
+    linears = ffi.new("forge_linear *[]", [weight.linear.handle for weight, _, _ in work])
+    updates = ffi.new("forge_update *[]", calls)
+    with context.current():
+        status = lib.forge_linear_update_group(linears, updates, len(work), context.stream())
+        check(status, ", ".join(weight.name for weight, _, _ in work[:3]))
+    for weight, scalars, _ in work:
+        weight.applied(scalars)
 
 
 class DenseWeight(Weight):

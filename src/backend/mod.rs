@@ -203,6 +203,25 @@ impl Deliver {
     pub const HOST: Self = Self { host: true, device: std::ptr::null_mut() };
 }
 
+/// One of several updates that are asked for together.
+#[derive(Clone, Copy)]
+pub struct GroupEntry<'a> {
+    /// How the parameter is stored and updated.
+    pub scheme: &'a Scheme,
+    /// Its shard.
+    pub shard: &'a Shard,
+    /// Its factors.
+    pub factors: &'a [Factors],
+    /// A buffer that is added to dW.
+    pub accumulator: Option<Accumulator>,
+    /// Its weight and states.
+    pub arrays: &'a Arrays,
+    /// Scalars.
+    pub step: &'a StepSource,
+    /// As [`Deliver::device`].
+    pub device_report: *mut c_void,
+}
+
 /// What an update did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Report {
@@ -304,6 +323,36 @@ pub trait Backend: Send + Sync {
         deliver: Deliver,
         stream: Stream,
     ) -> Result<Option<Report>>;
+
+    /// The updates of several parameters, which share nothing that is written: in any order, or at once.
+    /// Reports as of an update that the host does not wait for.
+    ///
+    /// # Safety
+    /// As [`Backend::update`], of each.
+    unsafe fn update_group(
+        &self,
+        entries: &[GroupEntry],
+        stream: Stream,
+    ) -> Result<Vec<Option<Report>>> {
+        let one = |e: &GroupEntry| {
+            let deliver = Deliver { host: false, device: e.device_report };
+            let (accumulator, arrays, step) = (e.accumulator, e.arrays, e.step);
+            // SAFETY: as promised by the caller.
+            unsafe {
+                self.update(
+                    e.scheme,
+                    e.shard,
+                    e.factors,
+                    accumulator,
+                    arrays,
+                    step,
+                    deliver,
+                    stream,
+                )
+            }
+        };
+        entries.iter().map(one).collect()
+    }
 
     /// `accumulator += Σ dYᵀX`.
     ///

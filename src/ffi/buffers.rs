@@ -21,11 +21,13 @@ struct Range {
 pub struct Checker<'a> {
     backend: &'a dyn Backend,
     ranges: Vec<Range>,
+    /// Whose buffers the next ones are, before their names in [`Checker::finish`]'s message.
+    pub owner: String,
 }
 
 impl<'a> Checker<'a> {
     pub fn new(backend: &'a dyn Backend) -> Self {
-        Self { backend, ranges: Vec::new() }
+        Self { backend, ranges: Vec::new(), owner: String::new() }
     }
 
     /// Checks one buffer of `bytes` bytes of `dtype` in the backend's memory and remembers it.
@@ -68,7 +70,8 @@ impl<'a> Checker<'a> {
                 "{name}: {bytes} bytes from {data:p} pass the address space"
             );
         };
-        self.ranges.push(Range { name: name.to_string(), first, last, written });
+        let name = format!("{}{name}", self.owner);
+        self.ranges.push(Range { name, first, last, written });
         Ok(())
     }
 

@@ -17,6 +17,7 @@ pub mod linear;
 pub mod rule;
 pub mod run;
 pub mod types;
+pub mod update_group;
 pub mod warm;
 
 pub(crate) use enums::dtype_code;

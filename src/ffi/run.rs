@@ -13,7 +13,7 @@ use super::types::{
 use crate::backend::{Arrays, Deliver, Image, Norm, NormMethod, Report, StepSource, Stream};
 use crate::error::{Result, bail, forge_status};
 use crate::format::Dtype;
-use crate::linear::{Backward, Linear, Mode};
+use crate::linear::{Backward, GroupUpdate, Linear, Mode};
 use crate::rule::{MAX_STATES, StepScalars, check_scalars};
 use std::ffi::c_void;
 use std::ptr::null_mut;
@@ -23,7 +23,7 @@ const _: () = assert!(size_of::<forge_step_scalars>() == size_of::<StepScalars>(
 /// # Safety
 /// `step` is NULL, misaligned, or points to a struct of its `struct_size`, and its `device_scalars`
 /// is NULL, misaligned or readable in the backend's memory.
-unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepSource> {
+pub(super) unsafe fn read_step(linear: &Linear, step: *const forge_step) -> Result<StepSource> {
     // SAFETY: as promised by the caller.
     let step = unsafe { read_struct("step", step)? };
     check_reserved("step", step.reserved)?;
@@ -69,7 +69,7 @@ pub unsafe extern "C" fn forge_linear_check_step(
 ///
 /// # Safety
 /// `host` is NULL, misaligned, or points to a struct of its `struct_size`.
-unsafe fn check_reports(
+pub(super) unsafe fn check_reports(
     check: &mut Checker,
     host: *mut forge_report,
     device: *mut forge_report,
@@ -105,7 +105,7 @@ unsafe fn check_out<T: Sized32>(check: &mut Checker, name: &str, out: *mut T) ->
 ///
 /// # Safety
 /// Both pointers passed [`check_reports`].
-unsafe fn write_reports(
+pub(super) unsafe fn write_reports(
     linear: &Linear,
     host: *mut forge_report,
     device: *mut forge_report,
@@ -287,6 +287,28 @@ pub unsafe extern "C" fn forge_linear_dgrad(
     })
 }
 
+/// What an update is of, but for its reports.
+///
+/// # Safety
+/// As forge_linear_backward.
+pub(super) unsafe fn read_update<'a>(
+    of: &'a forge_linear,
+    u: &forge_update,
+    check: &mut Checker,
+) -> Result<GroupUpdate<'a>> {
+    let forge_linear { linear, layout } = of;
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let factors = check.segments(linear, u.segments, u.n_segments)?;
+        let buffer = &u.accumulator;
+        let accumulator = check.accumulator(buffer.data.cast(), buffer.bytes, layout, false)?;
+        let arrays = check.arrays(&read_parameter(u.parameter)?, layout, true)?;
+        let step = read_step(linear, u.step)?;
+        let device_report = u.device_report.cast();
+        Ok(GroupUpdate { linear, factors, accumulator, arrays, step, device_report })
+    }
+}
+
 /// The fused update over the tokens of all segments. `report` may be NULL; where it is not, CUDA waits
 /// for the stream (`update->device_report` needs no wait). Tiles whose gradient is not finite are left as
 /// they were and counted.
@@ -305,17 +327,15 @@ pub unsafe extern "C" fn forge_linear_update(
     boundary(|| {
         // SAFETY: as promised by the caller.
         unsafe {
-            let forge_linear { linear, layout } = handle("linear", linear)?;
+            let handle = handle("linear", linear)?;
+            let linear = &handle.linear;
             let mut check = Checker::new(&*linear.backend);
             let u = read_struct("update", update)?;
             let deliver = check_reports(&mut check, report, u.device_report)?;
             let stream = Stream(stream);
             linear.backend.check_stream(stream)?;
-            let factors = check.segments(linear, u.segments, u.n_segments)?;
-            let buffer = &u.accumulator;
-            let accumulator = check.accumulator(buffer.data.cast(), buffer.bytes, layout, false)?;
-            let arrays = check.arrays(&read_parameter(u.parameter)?, layout, true)?;
-            let step = read_step(linear, u.step)?;
+            let GroupUpdate { factors, accumulator, arrays, step, .. } =
+                read_update(handle, &u, &mut check)?;
             check.finish()?;
             let done = linear.update(&factors, accumulator, &arrays, &step, deliver, stream)?;
             write_reports(linear, report, u.device_report, done);

@@ -1,8 +1,10 @@
 //! One sharded linear layer, and the order of events of its backward.
 
+mod group;
 mod plan;
 mod shape;
 
+pub use group::{GroupUpdate, update_group};
 pub use plan::{Plan, PlanRequest, Schedule};
 pub use shape::{ArrayLayout, Layout, Parallel, Shape};
 
@@ -160,16 +162,21 @@ impl Linear {
         let report = unsafe {
             backend.update(scheme, shard, factors, accumulator, arrays, step, deliver, stream)?
         };
+        self.warn_of(report);
+        Ok(report)
+    }
+
+    /// Says so where an update has left something out.
+    fn warn_of(&self, report: Option<Report>) {
         if let Some(report) = report.filter(|r| r.nonfinite_tiles > 0) {
             tracing::warn!(
                 target: "forge",
                 "parameter {}: {} of {} tiles had a non-finite gradient and were left as they were",
-                scheme.parameter_id,
+                self.scheme.parameter_id,
                 report.nonfinite_tiles,
                 report.tiles
             );
         }
-        Ok(report)
     }
 
     /// `accumulator += Σ dYᵀX`.

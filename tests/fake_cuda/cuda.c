@@ -142,14 +142,15 @@ EXPORT CUresult cuStreamSynchronize(void *stream) {
 
 /* --- memory: blocks of the host's, in a list --- */
 
+enum { MOST_BLOCKS = 1024 };
 static struct {
     uintptr_t first, last;
-} blocks[64];
+} blocks[MOST_BLOCKS];
 static int n_blocks;
 
 EXPORT CUresult cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     void *data = NULL;
-    if (n_blocks == 64 || posix_memalign(&data, 512, bytes) != 0)
+    if (n_blocks == MOST_BLOCKS || posix_memalign(&data, 512, bytes) != 0)
         return INVALID_VALUE;
     memset(data, 0, bytes);
     blocks[n_blocks].first = (uintptr_t)data;

@@ -6,6 +6,7 @@ use forge::error::forge_status;
 use forge::ffi::linear::forge_linear;
 use forge::ffi::run::*;
 use forge::ffi::types::*;
+use forge::ffi::update_group::forge_linear_update_group;
 use std::ptr::{null, null_mut};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -308,7 +309,13 @@ impl Call {
                     update.parameter = parameter;
                     update.step = step;
                     update.device_report = device_report;
-                    forge_linear_update(linear, self.main.pointer.of(&update), report, stream)
+                    let update = self.main.pointer.of(&update);
+                    // A group of one, where no report on the host is wanted.
+                    if self.report.pointer == Pointer::Null {
+                        forge_linear_update_group(&linear, &update, 1, stream)
+                    } else {
+                        forge_linear_update(linear, update, report, stream)
+                    }
                 }
                 Op::Accumulate => {
                     let accumulator = self.mutable(Role::Accumulator);

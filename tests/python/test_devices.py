@@ -21,6 +21,27 @@ def _context(asynchronous: bool) -> Context:
     return context
 
 
+@pytest.mark.usefixtures("reads")
+def test_weights_of_a_step_are_updated_together(monkeypatch):
+    counts: list[int] = []
+    together = forge_train.engine.apply_together
+
+    def counted(context, work):
+        counts.append(len(work))
+        together(context, work)
+
+    monkeypatch.setattr(forge_train.engine, "apply_together", counted)
+    model = mlp()
+    context = _context(True)
+    fused = forge_train.fuse(model, AdamW(lr=1e-2), schedule="deferred", context=context)
+    for batch in mlp_batches(2):
+        mlp_loss(model, batch).backward()
+        fused.optimizer.step()
+    weights = fused.engine.fused
+    assert len(weights) > 1 and counts == [len(weights)] * 2
+    assert all(weight.step == 2 and not weight.pending for weight in weights)
+
+
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
     """The names of the structs that were read, in order."""

@@ -15,6 +15,7 @@ pub mod driver_library;
 pub mod elementwise;
 pub mod exact;
 pub mod gpu;
+pub mod group;
 pub mod images;
 pub mod libraries;
 pub mod mainloop;
@@ -31,8 +32,8 @@ pub mod workspace;
 
 use super::warm::{Tell, Warmed, Work};
 use super::{
-    Accumulator, Arrays, Backend, Deliver, Factors, Image, Matrix, Norm, NormMethod, Report,
-    Scheme, Shard, StepSource, Stream,
+    Accumulator, Arrays, Backend, Deliver, Factors, GroupEntry, Image, Matrix, Norm, NormMethod,
+    Report, Scheme, Shard, StepSource, Stream,
 };
 use crate::error::{Result, bail};
 use crate::format::Dtype;
@@ -243,6 +244,99 @@ impl Cuda {
         Ok(())
     }
 
+    /// One update.
+    ///
+    /// # Safety
+    /// As [`Backend::update`]; the context is current, and [`Cuda::alone`] is held.
+    unsafe fn update_one(
+        &self,
+        entry: &GroupEntry,
+        host: bool,
+        workspace: &Workspace,
+        stream: Stream,
+    ) -> Result<Option<Report>> {
+        let gpu = &self.gpu;
+        let GroupEntry { scheme, shard, factors, accumulator, arrays, step, device_report } =
+            *entry;
+        let mut partials = Partials { base: workspace.partials, count: 0 };
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let step = reduce::prologue(gpu, scheme, step, workspace.scalars, stream)?;
+            let no_tokens = factors.iter().all(|f| f.tokens == 0);
+            let to_host = if host { workspace.result } else { 0 };
+            let out = [to_host, device_report as DevicePtr];
+            let mainloop = self.mainloop(scheme, no_tokens);
+            let reported = mainloop == Mainloop::Sm90 && {
+                let reports = sm90_reports(workspace, out);
+                sm90::try_update(
+                    gpu,
+                    scheme,
+                    shard,
+                    factors,
+                    accumulator,
+                    arrays,
+                    step,
+                    reports,
+                    stream,
+                )?
+            };
+            let in_tiles = mainloop == Mainloop::Sm80 && {
+                let call = sm80::Call {
+                    scheme,
+                    shard,
+                    factors,
+                    accumulator,
+                    arrays: Some(arrays),
+                    mode: sm80::Mode::Update,
+                    step,
+                    partials: workspace.partials,
+                };
+                call.run(gpu, stream)?
+            };
+            if in_tiles {
+                partials.count = Region::whole(shard).tiles();
+            }
+            let fused = reported || in_tiles;
+            let mut apply = |region: Region, gradient: Gradient| {
+                let at = partials.take(region.tiles())?;
+                elementwise::update(gpu, scheme, shard, region, arrays, gradient, &step, at, stream)
+            };
+            if !fused && no_tokens {
+                let whole = Region::whole(shard);
+                let gradient = accumulator.map_or(Gradient::ZERO, |a| Gradient {
+                    data: a.get() as DevicePtr,
+                    stride: shard.cols as u64,
+                });
+                apply(whole, gradient)?;
+            } else if !fused {
+                self.for_each_panel(
+                    scheme,
+                    shard,
+                    factors,
+                    accumulator,
+                    workspace,
+                    stream,
+                    |region, panel| {
+                        let stride = panel.stride as u64;
+                        apply(region, Gradient { data: panel.data, stride })
+                    },
+                )?;
+            }
+            if !reported && out != [0, 0] {
+                reduce::report(gpu, workspace.partials, partials.count, out, stream)?;
+            }
+            if !host {
+                return Ok(None);
+            }
+            let report: KernelReport = driver::read(workspace.result, stream)?;
+            Ok(Some(Report {
+                tiles: report.tiles,
+                nonfinite_tiles: report.nonfinite_tiles,
+                sum_of_squares: report.sum_of_squares,
+            }))
+        }
+    }
+
     fn alone(&self) -> MutexGuard<'_, ()> {
         // Nothing is left half-written by a panic while it was held.
         self.enqueueing.lock().unwrap_or_else(PoisonError::into_inner)
@@ -332,87 +426,34 @@ impl Backend for Cuda {
         deliver: Deliver,
         stream: Stream,
     ) -> Result<Option<Report>> {
-        let gpu = &self.gpu;
-        let workspace = gpu.workspace.get()?;
+        let workspace = self.gpu.workspace.get()?;
         let _alone = self.alone();
-        let _entered = gpu.device.enter()?;
-        let mut partials = Partials { base: workspace.partials, count: 0 };
+        let _entered = self.gpu.device.enter()?;
+        let device_report = deliver.device;
+        let entry = GroupEntry { scheme, shard, factors, accumulator, arrays, step, device_report };
+        // SAFETY: as promised by the caller.
+        unsafe { self.update_one(&entry, deliver.host, &workspace, stream) }
+    }
+
+    unsafe fn update_group(
+        &self,
+        entries: &[GroupEntry],
+        stream: Stream,
+    ) -> Result<Vec<Option<Report>>> {
+        let workspace = self.gpu.workspace.get()?;
+        let _alone = self.alone();
+        let _entered = self.gpu.device.enter()?;
+        let mainloop =
+            |e: &GroupEntry| self.mainloop(e.scheme, e.factors.iter().all(|f| f.tokens == 0));
         // SAFETY: as promised by the caller.
         unsafe {
-            let step = reduce::prologue(gpu, scheme, step, workspace.scalars, stream)?;
-            let no_tokens = factors.iter().all(|f| f.tokens == 0);
-            let host = if deliver.host { workspace.result } else { 0 };
-            let out = [host, deliver.device as DevicePtr];
-            let mainloop = self.mainloop(scheme, no_tokens);
-            let reported = mainloop == Mainloop::Sm90 && {
-                let reports = sm90_reports(&workspace, out);
-                sm90::try_update(
-                    gpu,
-                    scheme,
-                    shard,
-                    factors,
-                    accumulator,
-                    arrays,
-                    step,
-                    reports,
-                    stream,
-                )?
-            };
-            let in_tiles = mainloop == Mainloop::Sm80 && {
-                let call = sm80::Call {
-                    scheme,
-                    shard,
-                    factors,
-                    accumulator,
-                    arrays: Some(arrays),
-                    mode: sm80::Mode::Update,
-                    step,
-                    partials: workspace.partials,
-                };
-                call.run(gpu, stream)?
-            };
-            if in_tiles {
-                partials.count = Region::whole(shard).tiles();
+            let at = workspace.partials;
+            let taken = group::enqueue(&self.gpu, entries, mainloop, at, stream)?;
+            for (entry, _) in entries.iter().zip(taken).filter(|(_, taken)| !taken) {
+                self.update_one(entry, false, &workspace, stream)?;
             }
-            let fused = reported || in_tiles;
-            let mut apply = |region: Region, gradient: Gradient| {
-                let at = partials.take(region.tiles())?;
-                elementwise::update(gpu, scheme, shard, region, arrays, gradient, &step, at, stream)
-            };
-            if !fused && no_tokens {
-                let whole = Region::whole(shard);
-                let gradient = accumulator.map_or(Gradient::ZERO, |a| Gradient {
-                    data: a.get() as DevicePtr,
-                    stride: shard.cols as u64,
-                });
-                apply(whole, gradient)?;
-            } else if !fused {
-                self.for_each_panel(
-                    scheme,
-                    shard,
-                    factors,
-                    accumulator,
-                    &workspace,
-                    stream,
-                    |region, panel| {
-                        let stride = panel.stride as u64;
-                        apply(region, Gradient { data: panel.data, stride })
-                    },
-                )?;
-            }
-            if !reported && out != [0, 0] {
-                reduce::report(gpu, workspace.partials, partials.count, out, stream)?;
-            }
-            if !deliver.host {
-                return Ok(None);
-            }
-            let report: KernelReport = driver::read(workspace.result, stream)?;
-            Ok(Some(Report {
-                tiles: report.tiles,
-                nonfinite_tiles: report.nonfinite_tiles,
-                sum_of_squares: report.sum_of_squares,
-            }))
         }
+        Ok(vec![None; entries.len()])
     }
 
     unsafe fn accumulate(

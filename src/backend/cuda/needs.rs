@@ -5,7 +5,7 @@
 use super::images::Need;
 use super::mainloop::Mainloop;
 use super::sm90::{self, Mode, Specialisation, Streams, policy};
-use super::{elementwise, exact, reduce, sm80, sources, specialise};
+use super::{elementwise, exact, group, reduce, sm80, sources, specialise};
 use crate::backend::warm::Work;
 use crate::backend::{Image, Shard};
 use crate::format::Dtype;
@@ -57,7 +57,9 @@ pub fn needs(target: &Target, work: &Work) -> Vec<Need> {
     let mut list = List::default();
     shared(&mut list, work);
     updates(&mut list, work);
-    match Mainloop::of_device(target.capability, &work.scheme) {
+    let mainloop = Mainloop::of_device(target.capability, &work.scheme);
+    grouped(&mut list, target, work, mainloop);
+    match mainloop {
         Mainloop::Sm90 => fused_sm90(&mut list, target, work),
         Mainloop::Sm80 => fused_sm80(&mut list, target, work),
         Mainloop::Panel => {}
@@ -209,14 +211,47 @@ fn fused_sm80(list: &mut List, target: &Target, work: &Work) {
     }
     for (mode, accumulator, name) in FUSED {
         for (tile_rows, vector) in &tiles {
-            let special =
-                sm80::Specialisation { mode, tile_rows: *tile_rows, accumulator, vector: *vector };
+            let special = sm80::Specialisation {
+                mode,
+                tile_rows: *tile_rows,
+                accumulator,
+                vector: *vector,
+                group: false,
+            };
             let scheme_name = match mode {
                 Mode::Update => format!(", {}", specialise::name(scheme)),
                 Mode::Accumulate | Mode::Norm => String::new(),
             };
             let ragged = if *vector { "" } else { " (ragged rows)" };
             let what = format!("fused {name}, tiles of {tile_rows}×128{ragged}{scheme_name}");
+            list.add(Need::new(sources::WGRAD_SM80, special.defines(scheme), what));
+        }
+    }
+}
+
+/// The updates of many small weights in one launch.
+fn grouped(list: &mut List, target: &Target, work: &Work, mainloop: Mainloop) {
+    let scheme = &work.scheme;
+    if mainloop == Mainloop::Panel || !group::has_scalars(scheme) {
+        return;
+    }
+    let small = work.shards.iter().filter(|s| group::is_small(s, target.sm_count, mainloop));
+    let mut runs: Vec<bool> = small.map(elementwise::has_runs).collect();
+    if work.shards.is_empty() {
+        runs = vec![true, false];
+    }
+    for (mode, accumulator, name) in FUSED.into_iter().filter(|(m, ..)| *m == Mode::Update) {
+        for vector in &runs {
+            let special = sm80::Specialisation {
+                mode,
+                tile_rows: 64,
+                accumulator,
+                vector: *vector,
+                group: true,
+            };
+            let ragged = if *vector { "" } else { " (ragged rows)" };
+            let what =
+                format!("grouped {name}, tiles of 64×128{ragged}, {}", specialise::name(scheme));
             list.add(Need::new(sources::WGRAD_SM80, special.defines(scheme), what));
         }
     }

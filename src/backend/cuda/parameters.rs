@@ -21,6 +21,15 @@ pub struct KernelScalars {
     pub seed_high: u32,
 }
 
+impl KernelScalars {
+    /// Whether both are of the same step, bit for bit, whatever the parameter.
+    pub fn same_step(&self, other: &Self) -> bool {
+        let bits = |s: &Self| (s.constants.map(f32::to_bits), s.grad_scale.to_bits());
+        let numbers = |s: &Self| (s.key[0], s.step, s.seed_high);
+        bits(self) == bits(other) && numbers(self) == numbers(other)
+    }
+}
+
 impl From<&Step> for KernelScalars {
     fn from(step: &Step) -> Self {
         let (key, number, seed_high) = step.noise.parts();

@@ -37,6 +37,51 @@ pub unsafe fn report(
     unsafe { gpu.run(kernel, &mut parameters!(partials, count, first, second), stream) }
 }
 
+/// Reports that one launch takes: `forge::MOST_REPORTS`.
+pub const MOST_REPORTS: usize = 160;
+
+/// `forge::ReportOf`: partials, and where their report goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ReportOf {
+    /// The first.
+    pub partials: DevicePtr,
+    /// How many.
+    pub count: u64,
+    /// A `forge_report`.
+    pub target: DevicePtr,
+}
+
+/// `forge::Reports`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Reports([ReportOf; MOST_REPORTS]);
+
+const _: () = assert!(size_of::<Reports>() <= 4096);
+
+impl Reports {
+    /// At most [`MOST_REPORTS`].
+    pub fn new(of: &[ReportOf]) -> Self {
+        let mut all = [ReportOf::default(); MOST_REPORTS];
+        all[..of.len()].copy_from_slice(of);
+        Self(all)
+    }
+}
+
+/// Several reports in one launch; no launch for none of them.
+///
+/// # Safety
+/// As [`report`].
+pub unsafe fn reports(gpu: &Gpu, of: &[ReportOf], stream: Stream) -> Result<()> {
+    if of.is_empty() {
+        return Ok(());
+    }
+    let kernel = kernel("forge_reports", &[], grid(of.len() as u64)?, REDUCE_THREADS);
+    let all = Reports::new(of);
+    // SAFETY: as promised by the caller; the kernel declares this parameter.
+    unsafe { gpu.run(kernel, &mut parameters!(all), stream) }
+}
+
 /// Partials to a `forge_norm` of this method, at one or two places (0: not wanted).
 ///
 /// # Safety

@@ -24,7 +24,7 @@ const STAGES: u32 = 3;
 /// `forge::FactorPair`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct FactorPair {
+pub struct FactorPair {
     dy: DevicePtr,
     x: DevicePtr,
     dy_stride: u64,
@@ -32,18 +32,49 @@ struct FactorPair {
     tokens: u64,
 }
 
+/// `forge::Problem`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Problem {
+    arrays: KernelArrays,
+    shard: KernelShard,
+    accumulator: DevicePtr,
+    /// Where its partials go; 0: nowhere.
+    pub partials: DevicePtr,
+    group: u16,
+    n_segments: u16,
+    /// Of a grouped launch: see [`super::group`].
+    pub first_block: u32,
+    /// The same.
+    pub first_segment: u32,
+    /// The same.
+    pub parameter: u32,
+}
+
 /// `forge::Params`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Params {
-    arrays: KernelArrays,
-    shard: KernelShard,
-    accumulator: DevicePtr,
+    problem: Problem,
     step: KernelStep,
-    partials: DevicePtr,
-    group: u32,
-    n_segments: u32,
     segments: [FactorPair; MOST_SEGMENTS],
+}
+
+impl Params {
+    /// What is multiplied and updated.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The scalars, or where they are.
+    pub fn step(&self) -> &KernelStep {
+        &self.step
+    }
+
+    /// The segments that there are.
+    pub fn segments(&self) -> &[FactorPair] {
+        &self.segments[..usize::from(self.problem.n_segments)]
+    }
 }
 
 /// What the kernel is compiled for, beside the scheme.
@@ -57,6 +88,8 @@ pub struct Specialisation {
     pub accumulator: bool,
     /// Whether runs of 8 elements are read and written at once: see [`elementwise::is_vector`].
     pub vector: bool,
+    /// Whether a launch is of many weights: [`super::group`].
+    pub group: bool,
 }
 
 impl Specialisation {
@@ -73,6 +106,9 @@ impl Specialisation {
         define("ACCUMULATOR", u32::from(self.accumulator));
         define("TILE_ROWS", self.tile_rows);
         define("VECTOR", u32::from(self.vector));
+        if self.group {
+            define("GROUP", 1);
+        }
         out
     }
 }
@@ -87,7 +123,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    fn of(gpu: &Gpu) -> Self {
+    /// Those of a GPU.
+    pub fn of(gpu: &Gpu) -> Self {
         let p = gpu.properties();
         Self { sm_count: p.sm_count, shared_memory_per_block: p.shared_memory_per_block }
     }
@@ -195,14 +232,20 @@ impl<'a> Call<'a> {
             blocks: down * whole.cols.div_ceil(TILE_COLS),
             shared_bytes: shared_bytes(tile_rows),
             params: Params {
-                arrays: KernelArrays::from(self.arrays.unwrap_or(&Arrays::NONE)),
-                shard: KernelShard::from(self.shard),
-                accumulator: self.accumulator.map_or(0, |a| a.get() as DevicePtr),
+                problem: Problem {
+                    arrays: KernelArrays::from(self.arrays.unwrap_or(&Arrays::NONE)),
+                    shard: KernelShard::from(self.shard),
+                    accumulator: self.accumulator.map_or(0, |a| a.get() as DevicePtr),
+                    partials: self.partials,
+                    // About square: what the multiprocessors work on at a time reads few rows and
+                    // columns.
+                    group: down.min(16) as u16,
+                    n_segments: n_segments as u16,
+                    first_block: 0,
+                    first_segment: 0,
+                    parameter: self.scheme.parameter_id,
+                },
                 step: self.step,
-                partials: self.partials,
-                // About square: what the multiprocessors work on at a time reads few rows and columns.
-                group: down.min(16) as u32,
-                n_segments: n_segments as u32,
                 segments,
             },
         })
@@ -219,6 +262,7 @@ impl<'a> Call<'a> {
             tile_rows,
             accumulator: self.accumulator.is_some(),
             vector: elementwise::is_vector(self.scheme, self.shard, arrays, buffer),
+            group: false,
         }
     }
 

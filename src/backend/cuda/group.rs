@@ -1,0 +1,300 @@
+//! Updates of many small weights in few launches: a weight with fewer tiles than the GPU works on at once
+//! leaves most of it idle, and so does the time between two launches. The kernel is that of [`sm80`] on
+//! every capability, since the persistent one of 9.0 wants many tiles of one weight.
+
+use super::super::{GroupEntry, Scheme, Shard, StepSource, Stream};
+use super::driver::{DevicePtr, parameters};
+use super::gpu::{Gpu, Kernel};
+use super::mainloop::Mainloop;
+use super::parameters::{KernelScalars, KernelStep, Region};
+use super::reduce::{self, MOST_REPORTS, ReportOf};
+use super::sm80::{self, FactorPair, Launch, Limits, Mode, Problem, Specialisation};
+use super::workspace::MOST_PARTIALS;
+use super::{grid, sources, specialise};
+use crate::error::Result;
+use crate::rule::user::UserRule;
+
+/// Problems and segments share them; with the rest [`Params`] is 4096 bytes, which every driver takes.
+const POOL_WORDS: usize = 501;
+const PROBLEM_WORDS: usize = size_of::<Problem>() / 8;
+const SEGMENT_WORDS: usize = size_of::<FactorPair>() / 8;
+
+/// `forge::Params` of a kernel that is compiled for groups.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Params {
+    step: KernelScalars,
+    n_problems: u32,
+    pool: [u64; POOL_WORDS],
+}
+
+const _: () = assert!(size_of::<Params>() == 4096 && size_of::<Problem>() == 128);
+
+/// Whether a shard is too small to fill a GPU alone: its tiles are fewer than the blocks that run at once,
+/// two on a multiprocessor; for the larger tiles of 9.0's own kernel, half of that.
+pub fn is_small(shard: &Shard, sm_count: u32, mainloop: Mainloop) -> bool {
+    let tiles = Region::whole(shard).tiles();
+    match mainloop {
+        Mainloop::Sm80 => tiles < u64::from(2 * sm_count),
+        Mainloop::Sm90 => tiles < u64::from(sm_count),
+        Mainloop::Panel => false,
+    }
+}
+
+/// Whether the host knows a step's constants: a user's rule may have a kernel compute them.
+pub fn has_scalars(scheme: &Scheme) -> bool {
+    !scheme.rule.user().is_some_and(UserRule::has_per_step)
+}
+
+/// One launch, while it is put together.
+pub struct Group {
+    /// What the kernel is compiled for.
+    pub specialisation: Specialisation,
+    /// Blocks: one for each tile of each weight.
+    pub blocks: u32,
+    /// Dynamic shared memory.
+    pub shared_bytes: u32,
+    step: KernelScalars,
+    problems: Vec<Problem>,
+    segments: Vec<FactorPair>,
+}
+
+impl Group {
+    /// A launch for weights that are updated as this one; it is not yet added.
+    pub fn for_launches_like(launch: &Launch) -> Self {
+        Self {
+            specialisation: Specialisation { group: true, ..launch.specialisation },
+            blocks: 0,
+            shared_bytes: launch.shared_bytes,
+            step: launch.params.step().value,
+            problems: Vec::new(),
+            segments: Vec::new(),
+        }
+    }
+
+    /// Weights that it updates.
+    pub fn len(&self) -> usize {
+        self.problems.len()
+    }
+
+    /// Whether it updates none.
+    pub fn is_empty(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    /// Whether the same kernel with the same scalars does this one's work. Schemes are the caller's to
+    /// compare.
+    pub fn takes(&self, launch: &Launch) -> bool {
+        let wanted = Specialisation { group: true, ..launch.specialisation };
+        let step = launch.params.step();
+        self.specialisation == wanted && step.device == 0 && self.step.same_step(&step.value)
+    }
+
+    /// Adds a weight whose work [`Group::takes`]; false where there is no room.
+    pub fn add(&mut self, launch: &Launch) -> bool {
+        let (mut problem, segments) = (*launch.params.problem(), launch.params.segments());
+        let words = (self.problems.len() + 1) * PROBLEM_WORDS
+            + (self.segments.len() + segments.len()) * SEGMENT_WORDS;
+        if words > POOL_WORDS {
+            return false;
+        }
+        problem.first_block = self.blocks;
+        problem.first_segment = self.segments.len() as u32;
+        self.problems.push(problem);
+        self.segments.extend_from_slice(segments);
+        // Small ones only: far from an overflow.
+        self.blocks += launch.blocks as u32;
+        true
+    }
+
+    /// The kernel's only parameter.
+    pub fn params(&self) -> Params {
+        let n_problems = self.problems.len() as u32;
+        let mut params = Params { step: self.step, n_problems, pool: [0; POOL_WORDS] };
+        let (problems, segments) = params.pool.split_at_mut(self.problems.len() * PROBLEM_WORDS);
+        // SAFETY: whole words, as many as `add` saw room for; both structs want the alignment of a u64.
+        unsafe {
+            let from = self.problems.as_ptr();
+            from.copy_to_nonoverlapping(problems.as_mut_ptr().cast(), self.problems.len());
+            let from = self.segments.as_ptr();
+            from.copy_to_nonoverlapping(segments.as_mut_ptr().cast(), self.segments.len());
+        }
+        params
+    }
+
+    /// Enqueues the kernel.
+    ///
+    /// # Safety
+    /// As [`super::super::Backend::update`], of all its weights; the context is current.
+    unsafe fn run(&self, gpu: &Gpu, scheme: &Scheme, stream: Stream) -> Result<()> {
+        let kernel = Kernel {
+            source: sources::WGRAD_SM80,
+            defines: &self.specialisation.defines(scheme),
+            name: "forge_wgrad_sm80",
+            what: &specialise::name(scheme),
+            grid: grid(self.blocks.into())?,
+            block: sm80::THREADS,
+            shared_bytes: self.shared_bytes,
+        };
+        let params = self.params();
+        // SAFETY: as promised by the caller; the kernel declares this parameter.
+        unsafe { gpu.run(kernel, &mut parameters!(params), stream) }
+    }
+}
+
+/// Weights that one kernel can update with the same scalars.
+struct Bucket<'a> {
+    scheme: &'a Scheme,
+    /// The scheme's part of them.
+    defines: Vec<String>,
+    /// Decides who is taken.
+    like: Group,
+    launches: Vec<(usize, Launch)>,
+}
+
+/// An entry's launch, where it is one for a group.
+fn plan(gpu: &Gpu, mainloop: Mainloop, entry: &GroupEntry) -> Option<Launch> {
+    let limits = Limits::of(gpu);
+    let StepSource::Value(step) = &entry.step else { return None };
+    if !is_small(entry.shard, limits.sm_count, mainloop) || !has_scalars(entry.scheme) {
+        return None;
+    }
+    let call = sm80::Call {
+        scheme: entry.scheme,
+        shard: entry.shard,
+        factors: entry.factors,
+        accumulator: entry.accumulator,
+        arrays: Some(entry.arrays),
+        mode: Mode::Update,
+        step: KernelStep::from(step),
+        partials: 0,
+    };
+    call.plan(&limits)
+}
+
+fn buckets<'a>(
+    gpu: &Gpu,
+    entries: &[GroupEntry<'a>],
+    mainloop: impl Fn(&GroupEntry) -> Mainloop,
+) -> Vec<Bucket<'a>> {
+    let mut buckets: Vec<Bucket> = Vec::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let Some(launch) = plan(gpu, mainloop(entry), entry) else { continue };
+        let defines = specialise::update(entry.scheme);
+        let dtype = entry.scheme.factor_dtype;
+        let same = |b: &&mut Bucket| {
+            b.like.takes(&launch) && b.scheme.factor_dtype == dtype && b.defines == defines
+        };
+        if let Some(bucket) = buckets.iter_mut().find(same) {
+            bucket.launches.push((index, launch));
+        } else {
+            let like = Group::for_launches_like(&launch);
+            let launches = vec![(index, launch)];
+            buckets.push(Bucket { scheme: entry.scheme, defines, like, launches });
+        }
+    }
+    buckets
+}
+
+/// Reports that are due: their partials are kept until they have been made.
+struct Due {
+    base: DevicePtr,
+    partials: u64,
+    reports: Vec<ReportOf>,
+    stream: Stream,
+}
+
+impl Due {
+    /// Where to leave this many partials for a report at `target`; 0: nowhere, since nobody asked.
+    fn add(&mut self, count: u64, target: DevicePtr) -> DevicePtr {
+        if target == 0 {
+            return 0;
+        }
+        let partials = self.base + 16 * self.partials;
+        self.partials += count;
+        self.reports.push(ReportOf { partials, count, target });
+        partials
+    }
+
+    /// Whether one more launch of weights with so many tiles may not fit.
+    fn is_full_for(&self, tiles: u64, reports: usize) -> bool {
+        self.partials + tiles > MOST_PARTIALS || self.reports.len() + reports > MOST_REPORTS
+    }
+
+    /// Enqueues them.
+    ///
+    /// # Safety
+    /// As [`enqueue`].
+    unsafe fn make(&mut self, gpu: &Gpu) -> Result<()> {
+        // SAFETY: as promised by the caller.
+        unsafe { reduce::reports(gpu, &self.reports, self.stream)? };
+        self.reports.clear();
+        self.partials = 0;
+        Ok(())
+    }
+}
+
+/// Enqueues what several small weights have in common; which entries that were, by index. The others are left
+/// to the caller.
+///
+/// # Safety
+/// As [`super::super::Backend::update_group`]; the context is current.
+pub unsafe fn enqueue(
+    gpu: &Gpu,
+    entries: &[GroupEntry],
+    mainloop: impl Fn(&GroupEntry) -> Mainloop,
+    partials: DevicePtr,
+    stream: Stream,
+) -> Result<Vec<bool>> {
+    let mut taken = vec![false; entries.len()];
+    let mut due = Due { base: partials, partials: 0, reports: Vec::new(), stream };
+    for bucket in buckets(gpu, entries, mainloop) {
+        if bucket.launches.len() < 2 {
+            continue;
+        }
+        let mut rest = &bucket.launches[..];
+        while !rest.is_empty() {
+            let mut group = Group::for_launches_like(&rest[0].1);
+            let n = rest.iter().take_while(|(_, launch)| group.add(launch)).count();
+            let (now, later) = rest.split_at(n);
+            rest = later;
+            // SAFETY: as promised by the caller.
+            unsafe {
+                if due.is_full_for(group.blocks.into(), n) {
+                    due.make(gpu)?;
+                }
+                for (problem, (index, launch)) in group.problems.iter_mut().zip(now) {
+                    let target = entries[*index].device_report as DevicePtr;
+                    problem.partials = due.add(launch.blocks, target);
+                    taken[*index] = true;
+                }
+                group.run(gpu, bucket.scheme, stream)?;
+            }
+        }
+    }
+    // SAFETY: as promised by the caller.
+    unsafe { due.make(gpu)? };
+    Ok(taken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_is_what_leaves_multiprocessors_idle() {
+        let small = |rows, cols, mainloop| {
+            let shard =
+                Shard { rows, cols, row_offset: 0, col_offset: 0, global_cols: cols as u64 };
+            // 8.0 cuts such a weight into the small tiles that the grouped kernel is compiled for.
+            let limits = Limits { sm_count: 132, shared_memory_per_block: 227 << 10 };
+            let small = is_small(&shard, limits.sm_count, mainloop);
+            assert!(!small || sm80::tile_rows(&shard, &limits) == 64);
+            small
+        };
+        assert!(small(512, 512, Mainloop::Sm80) && small(512, 512, Mainloop::Sm90));
+        // 256 tiles.
+        assert!(small(2048, 1024, Mainloop::Sm80) && !small(2048, 1024, Mainloop::Sm90));
+        assert!(!small(2048, 2048, Mainloop::Sm80) && !small(64, 64, Mainloop::Panel));
+    }
+}
