@@ -12,7 +12,7 @@ import forge_train
 # --8<-- [start:rule]
 CUDA = """
     float u = beta1 * m + (1.0f - beta1) * g;
-    w = w * (1.0f - lr * weight_decay) - lr * (u / (fabsf(u) + softness));
+    w = w * (1.0f - lr * weight_decay) - lr * quotient(u, fabsf(u) + softness);
     m = beta2 * m + (1.0f - beta2) * g;
 """
 

@@ -103,72 +103,108 @@ struct Product {
     const FactorPair *segments;
 };
 
-// The next stage's tokens, through all segments.
-struct Cursor {
-    u32 segment = 0;
-    u64 token = 0;
-
-    FORGE_DEVICE bool at_end(const Product &p) const { return segment >= p.problem.n_segments; }
-    FORGE_DEVICE void advance(const Product &p) {
-        token += DEPTH;
-        if (token >= p.segments[segment].tokens) {
-            token = 0;
-            ++segment;
-        }
-    }
-};
-
 // Where 16 bytes of a factor lie in a stage: token `depth`, features from 8·unit on. Units of
 // neighbouring tokens are exchanged, so that eight rows of a matrix meet no bank twice.
 template <u32 FEATURES> FORGE_DEVICE u32 unit_offset(u32 depth, u32 unit) {
     return depth * FEATURES * 2 + (unit ^ (depth & 7u)) * 16;
 }
 
-// Features from `first` on, of which there are `features`, of 32 tokens.
-template <u32 FEATURES>
-FORGE_DEVICE void load_factor(u32 target, const u16 *data, u64 stride, u64 token, u64 tokens,
-                              u64 first, u64 features) {
-    constexpr u32 UNITS = FEATURES / 8;
-#pragma unroll
-    for (u32 i = threadIdx.x; i < DEPTH * UNITS; i += THREADS) {
-        const u32 depth = i / UNITS, unit = i % UNITS;
-        const u64 feature = first + unit * 8;
-        const bool inside = token + depth < tokens && feature < features;
-        const u32 bytes = inside ? 2 * static_cast<u32>(min(features - feature, u64{8})) : 0u;
-        copy_async(target + unit_offset<FEATURES>(depth, unit),
-                   inside ? data + (token + depth) * stride + feature : data, bytes);
+// A thread's part of a factor: 16 bytes of the same features for each STEP-th token. What a stage
+// needs of addresses is one addition: instructions, not bytes, are what the products wait for.
+template <u32 FEATURES> struct Copies {
+    static constexpr u32 UNITS = FEATURES / 8, STEP = THREADS / UNITS, COUNT = DEPTH / STEP;
+    static_assert(STEP % 8 == 0 && COUNT * STEP == DEPTH, "the same exchange for all of them");
+
+    const u16 *next; // its first token of the next stage
+    u64 step;        // elements to the next of them
+    u32 bytes;       // how many of 16 exist
+
+    FORGE_DEVICE void start(const u16 *data, u64 stride, u64 first, u64 features) {
+        const u64 feature = first + threadIdx.x % UNITS * 8;
+        bytes = feature < features ? 2 * static_cast<u32>(min(features - feature, u64{8})) : 0u;
+        next = data + (bytes > 0 ? feature : 0) + threadIdx.x / UNITS * stride;
+        step = STEP * stride;
     }
-}
 
-FORGE_DEVICE void load_stage(const Product &p, u32 stage, const Cursor &at, u64 row, u64 col) {
-    const FactorPair &f = p.segments[at.segment];
-    const Shard &shard = p.problem.shard;
-    load_factor<ROWS>(stage, f.dy, f.dy_stride, at.token, f.tokens, row, shard.rows);
-    load_factor<COLS>(stage + DEPTH * ROWS * 2, f.x, f.x_stride, at.token, f.tokens, col,
-                      shard.cols);
-}
+    // Into a stage, of which the segment still has `tokens`. Copies of no bytes read nothing.
+    FORGE_DEVICE void load(u32 stage, u32 tokens) {
+        const u32 depth = threadIdx.x / UNITS;
+        const u32 target = stage + unit_offset<FEATURES>(depth, threadIdx.x % UNITS);
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i) {
+            copy_async(target + i * STEP * FEATURES * 2, next,
+                       depth + i * STEP < tokens ? bytes : 0u);
+            next += step;
+        }
+    }
+};
 
-FORGE_DEVICE void multiply_stage(u32 stage, float (&acc)[DOWN][ACROSS][4]) {
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 matrix = lane / 8, in_matrix = lane % 8;
-    const u32 first_row = warp / 4 * (ROWS / 2), first_col = warp % 4 * 32;
+// Stages of factors, through all segments.
+struct Feed {
+    const Product &p;
+    u64 row, col; // of the tile
+    u32 segment = 0;
+    u32 tokens = 0; // left of it
+    Copies<ROWS> dy;
+    Copies<COLS> x;
+
+    FORGE_DEVICE Feed(const Product &product, u64 tile_row, u64 tile_col)
+        : p(product), row(tile_row), col(tile_col) {
+        open();
+    }
+    FORGE_DEVICE void open() {
+        const FactorPair &f = p.segments[segment];
+        tokens = static_cast<u32>(f.tokens);
+        dy.start(f.dy, f.dy_stride, row, p.problem.shard.rows);
+        x.start(f.x, f.x_stride, col, p.problem.shard.cols);
+    }
+    // The next one into the memory at `stage`, if there is one; a group of copies in any case.
+    FORGE_DEVICE void load(u32 stage) {
+        if (tokens > 0) {
+            dy.load(stage, tokens);
+            x.load(stage + DEPTH * ROWS * 2, tokens);
+            tokens = tokens > DEPTH ? tokens - DEPTH : 0;
+            if (tokens == 0 && ++segment < p.problem.n_segments)
+                open();
+        }
+        copies_commit();
+    }
+    // Of all segments.
+    FORGE_DEVICE u32 stages() const {
+        u32 count = 0;
+        for (u32 i = 0; i < p.problem.n_segments; ++i)
+            count += (static_cast<u32>(p.segments[i].tokens) + (DEPTH - 1)) / DEPTH;
+        return count;
+    }
+};
+
+// Where a lane finds its rows of the matrices in a stage. The next 16 features are two units on,
+// which the exchange makes an exclusive or; the next 16 tokens are a constant away.
+struct Fragments {
+    u32 a, b;
+
+    FORGE_DEVICE Fragments() {
+        const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const u32 matrix = lane / 8, in_matrix = lane % 8;
+        // Matrices: rows 0..7 and 8..15 of tokens 0..7, then of tokens 8..15.
+        a = unit_offset<ROWS>(matrix / 2 * 8 + in_matrix, warp / 4 * (ROWS / 16) + matrix % 2);
+        // Matrices: tokens 0..7 and 8..15 of columns 0..7, then of columns 8..15.
+        b = DEPTH * ROWS * 2 +
+            unit_offset<COLS>(matrix % 2 * 8 + in_matrix, warp % 4 * 4 + matrix / 2);
+    }
+};
+
+FORGE_DEVICE void multiply_stage(u32 stage, const Fragments &at, float (&acc)[DOWN][ACROSS][4]) {
+    const u32 first_a = stage + at.a, first_b = stage + at.b;
 #pragma unroll
     for (u32 k = 0; k < DEPTH; k += 16) {
         u32 a[DOWN][4], b[ACROSS / 2][4];
 #pragma unroll
-        for (int i = 0; i < DOWN; ++i) {
-            // Matrices: rows 0..7 and 8..15 of tokens 0..7, then of tokens 8..15.
-            const u32 depth = k + matrix / 2 * 8 + in_matrix;
-            const u32 unit = (first_row + i * 16) / 8 + matrix % 2;
-            load_transposed(stage + unit_offset<ROWS>(depth, unit), a[i]);
-        }
+        for (u32 i = 0; i < DOWN; ++i)
+            load_transposed((first_a ^ i * 32) + k * ROWS * 2, a[i]);
 #pragma unroll
-        for (int j = 0; j < ACROSS / 2; ++j) {
-            // Matrices: tokens 0..7 and 8..15 of columns 0..7, then of columns 8..15.
-            const u32 depth = k + matrix % 2 * 8 + in_matrix;
-            const u32 unit = (first_col + j * 16) / 8 + matrix / 2;
-            load_transposed(stage + DEPTH * ROWS * 2 + unit_offset<COLS>(depth, unit), b[j]);
-        }
+        for (u32 j = 0; j < ACROSS / 2; ++j)
+            load_transposed((first_b ^ j * 32) + k * COLS * 2, b[j]);
 #pragma unroll
         for (int i = 0; i < DOWN; ++i)
 #pragma unroll
@@ -180,28 +216,22 @@ FORGE_DEVICE void multiply_stage(u32 stage, float (&acc)[DOWN][ACROSS][4]) {
 // dW of the tile at (row, col), into `tile` of shared memory, where its factors were.
 FORGE_DEVICE void multiply(const Product &p, u32 shared, float *tile, u64 row, u64 col) {
     float acc[DOWN][ACROSS][4] = {};
-    Cursor ahead;
+    Feed feed(p, row, col);
+    const Fragments fragments;
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; ++stage) {
-        if (!ahead.at_end(p)) {
-            load_stage(p, shared + stage * STAGE_BYTES, ahead, row, col);
-            ahead.advance(p);
-        }
-        copies_commit();
-    }
-    u32 stage = 0;
-    for (Cursor at; !at.at_end(p); at.advance(p)) {
+    for (int stage = 0; stage < STAGES - 1; ++stage)
+        feed.load(shared + stage * STAGE_BYTES);
+    const u32 end = shared + STAGES * STAGE_BYTES;
+    u32 stage = shared, free = end - STAGE_BYTES;
+#pragma unroll 1
+    for (u32 left = feed.stages(); left > 0; --left) {
         copies_wait<STAGES - 2>();
         // All parts of this stage have come, and all have done with the one before it.
         __syncthreads();
-        const u32 free = stage == 0 ? STAGES - 1 : stage - 1;
-        if (!ahead.at_end(p)) {
-            load_stage(p, shared + free * STAGE_BYTES, ahead, row, col);
-            ahead.advance(p);
-        }
-        copies_commit();
-        multiply_stage(shared + stage * STAGE_BYTES, acc);
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        feed.load(free);
+        multiply_stage(stage, fragments, acc);
+        free = stage;
+        stage = stage + STAGE_BYTES == end ? shared : stage + STAGE_BYTES;
     }
     copies_wait<0>();
     __syncthreads();

@@ -16,14 +16,15 @@ struct Rprop {
 
     FORGE_DEVICE static void update(const float *c, float g, float scale, float &w, float *s) {
         g = __fmaf_rn(c[1], w, __fmul_rn(g, scale));
-        // Signs are compared, since the product may underflow.
-        const bool kept = (g > 0.0f && s[0] > 0.0f) || (g < 0.0f && s[0] < 0.0f);
-        const bool turned = (g > 0.0f && s[0] < 0.0f) || (g < 0.0f && s[0] > 0.0f);
-        const float factor = kept ? c[3] : turned ? c[2] : 1.0f;
+        // Signs are compared, since the product may underflow; as bits, which takes fewer
+        // predicates.
+        const bool opposite = static_cast<i32>(float_to_bits(g) ^ float_to_bits(s[0])) < 0;
+        const bool neither = fminf(fabsf(g), fabsf(s[0])) == 0.0f;
+        const float factor = neither ? 1.0f : opposite ? c[2] : c[3];
         // States begin as zeros, and stay so where the first steps were skipped.
         const float before = s[1] == 0.0f ? c[0] : s[1];
         const float size = fmaxf(fminf(__fmul_rn(before, factor), c[5]), c[4]);
-        s[0] = turned ? 0.0f : g;
+        s[0] = opposite && !neither ? 0.0f : g;
         s[1] = size;
         w = __fsub_rn(w, s[0] == 0.0f ? 0.0f : copysignf(size, s[0]));
     }

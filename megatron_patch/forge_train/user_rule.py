@@ -38,7 +38,10 @@ class _Defined:
                 _tensor(tile.g, count),
                 _tensor(tile.w, count),
                 [_tensor(tile.states[k], count) for k in range(self.n_states)],
-                {name: tile.hyper[i] for i, name in enumerate(self.names)},
+                {
+                    name: torch.tensor(tile.hyper[i], dtype=torch.float32)
+                    for i, name in enumerate(self.names)
+                },
                 tile.step,
             )
         except BaseException as error:  # KeyboardInterrupt, too, must not cross
@@ -51,7 +54,7 @@ class _Defined:
         g: torch.Tensor,
         w: torch.Tensor,
         states: list[torch.Tensor],
-        hyper: Mapping[str, float],
+        hyper: Mapping[str, torch.Tensor],
         step: int,
     ) -> None:
         """Call the function; it must work in place."""
@@ -95,8 +98,9 @@ class UserRule(Rule):
         per_step: values for ``cuda`` that are computed once for each step in fp64: expressions of
             C over the hyper-parameters, ``step`` and the values before them.
         cpu: ``cpu(g, w, *states, step, lr, weight_decay, ...)``, the same for the CPU: 1-D fp32
-            tensors, updated in place, and numbers by keyword. Called from several threads. None:
-            the rule is for GPUs only.
+            tensors, updated in place; hyper-parameters by keyword as fp32 scalars, so that
+            ``1 - beta`` rounds as in CUDA (``float(beta)`` has the number); ``step`` an int. Called
+            from several threads. None: the rule is for GPUs only.
         lr: learning rate.
         weight_decay: weight decay; what it means is the rule's business.
         maximize: ascend; ``g`` has the sign already.
@@ -200,7 +204,9 @@ class UserRule(Rule):
 
     def _try(self, defined: _Defined, names: tuple[str, ...]) -> None:
         """A mistake in the function is better found here than in the middle of a training step."""
-        numbers = {name: float(self._options[name]) for name in names}
+        numbers = {
+            name: torch.tensor(float(self._options[name]), dtype=torch.float32) for name in names
+        }
         g, w = torch.ones(_TRIAL), torch.ones(_TRIAL)
         try:
             defined.run(g, w, [torch.zeros(_TRIAL) for _ in self.states], numbers, 1)

@@ -59,6 +59,10 @@ RULES: dict[str, Rule] = {
 }
 # Those that are compiled for a few formats only.
 FURTHER_RULES = list(RULES)[list(RULES).index("adam-amsgrad") :]
+# States that are never negative.
+SQUARES = {
+    "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "acc_delta", "step_size",
+}  # fmt: skip
 WEIGHTS = ("fp32", "bf16", "bf16+fp32", "bf16+16")
 STATES = ("fp32", "bf16", "q8")
 
@@ -197,7 +201,7 @@ def initial(linear: Linear, seed: int = 5, warm: bool = True) -> Storage:
     if warm:
         for index, name in enumerate(linear.rule.state_names):
             state = torch.randn(rows, cols, generator=g) * 0.1
-            linear.import_state(storage, index, state.square() if name.endswith("sq") else state)
+            linear.import_state(storage, index, state.square() if name in SQUARES else state)
     return storage
 
 

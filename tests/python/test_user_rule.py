@@ -27,9 +27,10 @@ def example():
 
 def lion(g, w, m, *, lr, weight_decay, beta1, beta2, step):
     """src/rule/lion.rs with torch's operations; constants are rounded to fp32 there, too."""
-    b1, i1, b2, i2 = (torch.tensor(x) for x in (beta1, 1 - beta1, beta2, 1 - beta2))
+    numbers = (0.9, 1 - 0.9, 0.99, 1 - 0.99, 1 - 1e-2 * 0.1)
+    b1, i1, b2, i2, shrink = (torch.tensor(x, dtype=torch.float32) for x in numbers)
     u = b1 * m + i1 * g
-    w.mul_(torch.tensor(1 - lr * weight_decay)).sub_(torch.tensor(lr) * u.sign())
+    w.mul_(shrink).sub_(lr * u.sign())
     m.copy_(b2 * m + i2 * g)
 
 
@@ -96,7 +97,7 @@ def test_options_reach_the_function_and_groups_override_them():
     seen = {}
 
     def note(g, w, *, lr, weight_decay, gamma, step):
-        seen.setdefault(step, set()).add((lr, weight_decay, gamma))
+        seen.setdefault(step, set()).add((float(lr), float(weight_decay), float(gamma)))
         w.sub_(lr * g)
 
     rule = UserRule("note", cpu=note, lr=0.25, gamma=2.0)

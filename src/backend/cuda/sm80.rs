@@ -17,6 +17,8 @@ pub use super::sm90::Mode;
 pub const MOST_SEGMENTS: usize = 32;
 /// Threads of a block.
 pub const THREADS: u32 = 256;
+/// Tokens of a segment: 31 bits in the kernel.
+const MOST_TOKENS: usize = i32::MAX as usize;
 /// Tokens of a stage, and stages.
 const DEPTH: u32 = 32;
 const STAGES: u32 = 3;
@@ -210,7 +212,7 @@ impl<'a> Call<'a> {
         let mut segments = [FactorPair::default(); MOST_SEGMENTS];
         let mut n_segments = 0;
         for f in self.factors.iter().filter(|f| f.tokens > 0) {
-            if !readable(&f.dy) || !readable(&f.x) {
+            if !readable(&f.dy) || !readable(&f.x) || f.tokens > MOST_TOKENS {
                 return None;
             }
             *segments.get_mut(n_segments)? = FactorPair {
