@@ -108,7 +108,9 @@ def _compare(case: Case, rows: int, cols: int, gradient: torch.Tensor, seed: int
             else:
                 _flips(ours.states[index], theirs.states[index], 5e-3, name)
                 scale, other = ours.scales[index].cpu(), theirs.scales[index]
-                assert torch.allclose(scale, other, rtol=1e-6, atol=1e-36), f"{name}: scales"
+                # v − a² cancels, so its roundings grow.
+                rtol = 1e-4 if "centered" in case.rule else 1e-6
+                assert torch.allclose(scale, other, rtol=rtol, atol=1e-36), f"{name}: scales"
 
 
 def _gradient(rows: int, cols: int, seed: int = 1) -> torch.Tensor:
