@@ -17,11 +17,6 @@ template <int N> FORGE_DEVICE void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// A line of memory to the L2, for a read to come.
-FORGE_DEVICE void fetch_to_l2(const void *at) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
-}
-
 // Four matrices of 8 × 8, transposed; a lane's address is of row lane%8 of matrix lane/8.
 FORGE_DEVICE void load_transposed(u32 at, u32 (&matrices)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

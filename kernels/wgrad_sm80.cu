@@ -21,7 +21,7 @@ constexpr Mode MODE = static_cast<Mode>(FORGE_MODE);
 constexpr bool ADDS = FORGE_ACCUMULATOR != 0;
 
 constexpr u32 ROWS = FORGE_TILE_ROWS, COLS = 128, DEPTH = 32; // of a tile; tokens of a stage
-constexpr int STAGES = 4;
+constexpr int STAGES = 3;
 // Warps: 2 below each other, 4 beside; a warp's part is ROWS/2 × 32.
 constexpr int DOWN = ROWS / 2 / 16, ACROSS = 32 / 8;
 constexpr u32 STAGE_BYTES = DEPTH * (ROWS + COLS) * 2;
@@ -29,7 +29,7 @@ constexpr u32 STAGE_BYTES = DEPTH * (ROWS + COLS) * 2;
 constexpr u32 PITCH = COLS + 8;
 constexpr u32 FACTOR_BYTES = STAGES * STAGE_BYTES, TILE_BYTES = ROWS * PITCH * 4;
 // Dynamic shared memory is the larger of the two; backend::cuda::sm80 computes the same.
-static_assert(FACTOR_BYTES <= ROWS * 768 && TILE_BYTES <= 68 * 1024, "two blocks on an SM");
+static_assert(FACTOR_BYTES <= 48 * 1024 && TILE_BYTES <= 68 * 1024, "two blocks on an SM");
 
 struct FactorPair {
     const u16 *dy, *x;
@@ -213,47 +213,6 @@ FORGE_DEVICE void multiply_stage(u32 stage, const Fragments &at, float (&acc)[DO
     }
 }
 
-// An array's part of the tile at (row, col) to the L2: 64 bytes at a time, which is what a miss
-// fetches.
-template <u32 BYTES>
-FORGE_DEVICE void fetch_array(const void *array, const Shard &shard, u64 row, u64 col) {
-    constexpr u32 LINES = COLS * BYTES / 64;
-#pragma unroll 1
-    for (u32 i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
-        const u64 r = row + i / LINES, c = col + i % LINES * (64 / BYTES);
-        if (r < shard.rows && c < shard.cols)
-            fetch_to_l2(static_cast<const u8 *>(array) + shard.at(r, c) * BYTES);
-    }
-}
-
-template <int K> FORGE_DEVICE void fetch_state(const Problem &p, u64 row, u64 col) {
-    constexpr u32 BYTES = STATE_FORMAT[K] == F32 ? 4 : STATE_FORMAT[K] == BF16 ? 2 : 1;
-    if constexpr (K < N_STATES)
-        fetch_array<BYTES>(p.arrays.states[K], p.shard, row, col);
-}
-
-// What the rule will read of the tile, on its way while the tile is multiplied.
-FORGE_DEVICE void fetch_tile(const Problem &p, u64 row, u64 col) {
-    if constexpr (MODE == Mode::Update) {
-        if constexpr (FORGE_WEIGHT_FORMAT == W_F32)
-            fetch_array<4>(p.arrays.weight, p.shard, row, col);
-        if constexpr (FORGE_WEIGHT_FORMAT == W_MASTER)
-            fetch_array<4>(p.arrays.extra, p.shard, row, col);
-        if constexpr (FORGE_WEIGHT_FORMAT == W_BF16 || FORGE_WEIGHT_FORMAT == W_LOW)
-            fetch_array<2>(p.arrays.weight, p.shard, row, col);
-        if constexpr (FORGE_WEIGHT_FORMAT == W_LOW)
-            fetch_array<2>(p.arrays.extra, p.shard, row, col);
-        fetch_state<0>(p, row, col);
-        fetch_state<1>(p, row, col);
-        fetch_state<2>(p, row, col);
-    }
-    if constexpr (ADDS)
-        fetch_array<4>(p.accumulator, p.shard, row, col);
-}
-// Stages before the end at which they are asked for: in time, and not so early that factors drive
-// them out again.
-constexpr u32 FETCH_AHEAD = 16;
-
 // dW of the tile at (row, col), into `tile` of shared memory, where its factors were.
 FORGE_DEVICE void multiply(const Product &p, u32 shared, float *tile, u64 row, u64 col) {
     float acc[DOWN][ACROSS][4] = {};
@@ -264,11 +223,8 @@ FORGE_DEVICE void multiply(const Product &p, u32 shared, float *tile, u64 row, u
         feed.load(shared + stage * STAGE_BYTES);
     const u32 end = shared + STAGES * STAGE_BYTES;
     u32 stage = shared, free = end - STAGE_BYTES;
-    const u32 stages = feed.stages(), fetch_at = min(stages, FETCH_AHEAD);
 #pragma unroll 1
-    for (u32 left = stages; left > 0; --left) {
-        if (left == fetch_at)
-            fetch_tile(p.problem, row, col);
+    for (u32 left = feed.stages(); left > 0; --left) {
         copies_wait<STAGES - 2>();
         // All parts of this stage have come, and all have done with the one before it.
         __syncthreads();

@@ -13,8 +13,6 @@ FORGE_DEVICE void copy_async(u32 target, const void *source, u32 bytes) {
     std::memset(emulated::inside(target, 16), 0xFF, 16);
     emulated::fiber().copies.push_back({target, source, bytes, emulated::fiber().groups});
 }
-// Where nothing may be read, nothing may be fetched.
-FORGE_DEVICE void fetch_to_l2(const void *at) { (void)*static_cast<const volatile u8 *>(at); }
 FORGE_DEVICE void copies_commit() { ++emulated::fiber().groups; }
 template <int N> FORGE_DEVICE void copies_wait() {
     emulated::Fiber &self = emulated::fiber();

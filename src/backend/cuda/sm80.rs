@@ -21,7 +21,7 @@ pub const THREADS: u32 = 256;
 const MOST_TOKENS: usize = i32::MAX as usize;
 /// Tokens of a stage, and stages.
 const DEPTH: u32 = 32;
-const STAGES: u32 = 4;
+const STAGES: u32 = 3;
 
 /// `forge::FactorPair`.
 #[repr(C)]
