@@ -4,7 +4,7 @@
 //!
 //! An update takes one of four ways, and none of them holds a gradient:
 //! - fused, on Hopper ([`sm90`]) or elsewhere ([`sm80`]): tiles of dW on the chip;
-//! - panels by cuBLASLt: dW in row panels of at most [`workspace::PANEL_BYTES`], each consumed at once;
+//! - [`panels`] by cuBLASLt: dW in row panels of at most [`workspace::PANEL_BYTES`], each consumed at once;
 //! - panels by [`exact`]: the same for fp32 factors, with sums that a CPU can repeat bit for bit.
 
 pub mod blas;
@@ -21,6 +21,7 @@ pub mod libraries;
 pub mod mainloop;
 pub mod module;
 pub mod needs;
+pub mod panels;
 pub mod parameters;
 pub mod reduce;
 pub mod sm80;
@@ -36,17 +37,17 @@ use super::{
     Report, Scheme, Shard, StepSource, Stream,
 };
 use crate::error::{Result, bail};
-use crate::format::Dtype;
 use blas::{Left, Plane, Product};
 use driver::DevicePtr;
 use elementwise::Gradient;
 use gpu::Gpu;
 use mainloop::Mainloop;
+use panels::{Partials, plane_of};
 use parameters::{KernelNorm, KernelReport, Region};
 use std::mem::ManuallyDrop;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use workspace::{MOST_PARTIALS, PANEL_BYTES, TOTAL_BYTES, Workspace};
+use workspace::{TOTAL_BYTES, Workspace};
 
 /// `FORGE_NORM_TILES`.
 const TILES: u32 = crate::ffi::enums::forge_norm_method::FORGE_NORM_TILES as u32;
@@ -104,146 +105,7 @@ fn grid(blocks: u64) -> Result<[u32; 3]> {
     }
 }
 
-/// Where partials go, and how many there are.
-struct Partials {
-    base: DevicePtr,
-    count: u64,
-}
-
-impl Partials {
-    /// Room for `more`.
-    fn take(&mut self, more: u64) -> Result<DevicePtr> {
-        check_partials(self.count + more)?;
-        let at = self.base + 16 * self.count;
-        self.count += more;
-        Ok(at)
-    }
-}
-
-/// Refuses more tiles than there is room for.
-fn check_partials(tiles: u64) -> Result<()> {
-    if tiles > MOST_PARTIALS {
-        bail!(
-            FORGE_ERROR_UNSUPPORTED,
-            "shape: {tiles} tiles, more than {MOST_PARTIALS}; shard the weight further"
-        );
-    }
-    Ok(())
-}
-
-/// The panels of a shard: rows a multiple of 128, columns too where a row does not fit.
-fn panels(shard: &Shard) -> Vec<Region> {
-    let (rows, cols) = (shard.rows as u64, shard.cols as u64);
-    let elements = PANEL_BYTES / 4;
-    let most_cols = elements / 128;
-    let width = cols.min(most_cols);
-    let height = (elements / width.next_multiple_of(4) / 128 * 128).max(128);
-    let mut out = Vec::new();
-    for row in (0..rows).step_by(height as usize) {
-        for col in (0..cols).step_by(width as usize) {
-            out.push(Region {
-                row,
-                col,
-                rows: height.min(rows - row),
-                cols: width.min(cols - col),
-            });
-        }
-    }
-    out
-}
-
 impl Cuda {
-    /// `out = addend + Σ dYᵀX` of a region, both fp32 with rows of the given strides.
-    ///
-    /// # Safety
-    /// As [`Backend::update`]; the context is current.
-    unsafe fn products(
-        &self,
-        dtype: Dtype,
-        factors: &[Factors],
-        region: Region,
-        addend: Option<Plane>,
-        out: Plane,
-        workspace: &Workspace,
-        stream: Stream,
-    ) -> Result<()> {
-        let element = dtype.bytes() as u64;
-        let dy = |f: &Factors| f.dy.data as DevicePtr + region.row * element;
-        let x = |f: &Factors| f.x.data as DevicePtr + region.col * element;
-        let factors = factors.iter().filter(|f| f.tokens > 0);
-        let mut addend = addend;
-        let mut left_over = Vec::new();
-        for f in factors {
-            // Once one segment went to the exact kernel the others follow it: they are in order.
-            let product = Product {
-                m: region.rows as usize,
-                n: region.cols as usize,
-                k: f.tokens,
-                dtype,
-                out_dtype: Dtype::F32,
-                left: Left { data: dy(f), stride: f.dy.stride, summed_first: true },
-                right: Plane { data: x(f), stride: f.x.stride },
-                addend,
-                out,
-            };
-            // SAFETY: as promised by the caller.
-            let taken = dtype != Dtype::F32
-                && left_over.is_empty()
-                && unsafe { self.gpu.blas.enqueue(&product, workspace.blas, stream)? };
-            if taken {
-                addend = Some(out);
-            } else {
-                let operand =
-                    |data, stride: usize| exact::Operand { data, row: 1, depth: stride as u64 };
-                left_over.push(exact::Segment {
-                    left: operand(dy(f), f.dy.stride),
-                    right: operand(x(f), f.x.stride),
-                    terms: f.tokens as u64,
-                });
-            }
-        }
-        // Without any segment the exact kernel copies the addend, or writes zeros.
-        let complete = left_over.is_empty() && addend.is_some_and(|a| a.data == out.data);
-        if complete {
-            return Ok(());
-        }
-        let types = exact::Types { left: dtype, right: dtype, out: Dtype::F32 };
-        let plane = |p: Plane| exact::Plane { data: p.data, stride: p.stride as u64 };
-        let size = (region.rows, region.cols);
-        let addend = addend.map(plane);
-        // SAFETY: as promised by the caller.
-        unsafe { exact::product(&self.gpu, types, &left_over, size, addend, plane(out), stream) }
-    }
-
-    /// dW of each panel in the workspace, then `consume(region, panel)`.
-    ///
-    /// # Safety
-    /// As [`Backend::update`]; the context is current.
-    unsafe fn for_each_panel(
-        &self,
-        scheme: &Scheme,
-        shard: &Shard,
-        factors: &[Factors],
-        accumulator: Option<Accumulator>,
-        workspace: &Workspace,
-        stream: Stream,
-        mut consume: impl FnMut(Region, Plane) -> Result<()>,
-    ) -> Result<()> {
-        let panels = panels(shard);
-        // Before the first panel, so that no weight is updated in part.
-        check_partials(panels.iter().map(Region::tiles).sum())?;
-        for region in panels {
-            let stride = (region.cols as usize).next_multiple_of(4);
-            let panel = Plane { data: workspace.panel, stride };
-            let addend = accumulator.map(|a| plane_of(a, shard, region));
-            let dtype = scheme.factor_dtype;
-            // SAFETY: as promised by the caller.
-            unsafe { self.products(dtype, factors, region, addend, panel, workspace, stream)? };
-            consume(region, panel)?;
-        }
-        Ok(())
-    }
-
     /// One update.
     ///
     /// # Safety
@@ -309,7 +171,8 @@ impl Cuda {
                 });
                 apply(whole, gradient)?;
             } else if !fused {
-                self.for_each_panel(
+                panels::for_each(
+                    gpu,
                     scheme,
                     shard,
                     factors,
@@ -353,12 +216,6 @@ impl Cuda {
 fn sm90_reports(workspace: &Workspace, targets: [DevicePtr; 2]) -> sm90::Reports {
     let (partials, counter) = (workspace.partials, workspace.counters);
     sm90::Reports { targets, partials, counter, method: TILES }
-}
-
-/// A region of an fp32 buffer of the shard's shape.
-fn plane_of(buffer: Accumulator, shard: &Shard, region: Region) -> Plane {
-    let at = region.row * shard.cols as u64 + region.col;
-    Plane { data: buffer.get() as DevicePtr + 4 * at, stride: shard.cols }
 }
 
 impl Backend for Cuda {
@@ -488,7 +345,7 @@ impl Backend for Cuda {
             let region = Region::whole(shard);
             let out = plane_of(accumulator, shard, region);
             let dtype = scheme.factor_dtype;
-            self.products(dtype, factors, region, Some(out), out, &workspace, stream)
+            panels::products(gpu, dtype, factors, region, Some(out), out, &workspace, stream)
         }
     }
 
@@ -540,7 +397,7 @@ impl Backend for Cuda {
                 }
             } else if !fused {
                 let to = &workspace;
-                self.for_each_panel(scheme, shard, factors, accumulator, to, stream, square)?;
+                panels::for_each(gpu, scheme, shard, factors, accumulator, to, stream, square)?;
             }
             if !reported {
                 reduce::norm(gpu, workspace.partials, partials.count, TILES, out, stream)?;
