@@ -42,7 +42,7 @@ use driver::DevicePtr;
 use elementwise::Gradient;
 use gpu::Gpu;
 use mainloop::Mainloop;
-use panels::{Partials, plane_of};
+use panels::{Partials, no_tokens, plane_of};
 use parameters::{KernelNorm, KernelReport, Region};
 use std::mem::ManuallyDrop;
 use std::path::PathBuf;
@@ -120,73 +120,73 @@ impl Cuda {
         let gpu = &self.gpu;
         let GroupEntry { scheme, shard, factors, accumulator, arrays, step, device_report } =
             *entry;
-        let mut partials = Partials { base: workspace.partials, count: 0 };
         // SAFETY: as promised by the caller.
         unsafe {
             let step = reduce::prologue(gpu, scheme, step, workspace.scalars, stream)?;
-            let no_tokens = factors.iter().all(|f| f.tokens == 0);
             let to_host = if host { workspace.result } else { 0 };
             let out = [to_host, device_report as DevicePtr];
-            let mainloop = self.mainloop(scheme, no_tokens);
-            let reported = mainloop == Mainloop::Sm90 && {
-                let reports = sm90_reports(workspace, out);
-                sm90::try_update(
-                    gpu,
-                    scheme,
-                    shard,
-                    factors,
-                    accumulator,
-                    arrays,
-                    step,
-                    reports,
-                    stream,
-                )?
+            let fused = match self.mainloop(scheme, factors) {
+                Mainloop::Sm90 => {
+                    let reports = sm90_reports(workspace, out);
+                    let taken = sm90::try_update(
+                        gpu,
+                        scheme,
+                        shard,
+                        factors,
+                        accumulator,
+                        arrays,
+                        step,
+                        reports,
+                        stream,
+                    )?;
+                    taken.then_some(Squares::Reported)
+                }
+                Mainloop::Sm80 => {
+                    let call = sm80::Call {
+                        scheme,
+                        shard,
+                        factors,
+                        accumulator,
+                        arrays: Some(arrays),
+                        mode: sm80::Mode::Update,
+                        step,
+                        partials: workspace.partials,
+                    };
+                    call.run(gpu, stream)?.then(|| Squares::partials_of(shard))
+                }
+                Mainloop::Panel => None,
             };
-            let in_tiles = mainloop == Mainloop::Sm80 && {
-                let call = sm80::Call {
-                    scheme,
-                    shard,
-                    factors,
-                    accumulator,
-                    arrays: Some(arrays),
-                    mode: sm80::Mode::Update,
-                    step,
-                    partials: workspace.partials,
-                };
-                call.run(gpu, stream)?
+            let squares = match fused {
+                Some(squares) => squares,
+                None => {
+                    let mut partials = Partials { base: workspace.partials, count: 0 };
+                    let apply = |region: Region, gradient: Option<Plane>| {
+                        let at = partials.take(region.tiles())?;
+                        let gradient = gradient.map_or(Gradient::ZERO, |plane| Gradient {
+                            data: plane.data,
+                            stride: plane.stride as u64,
+                        });
+                        elementwise::update(
+                            gpu, scheme, shard, region, arrays, gradient, &step, at, stream,
+                        )
+                    };
+                    panels::for_each(
+                        gpu,
+                        scheme,
+                        shard,
+                        factors,
+                        accumulator,
+                        workspace,
+                        stream,
+                        apply,
+                    )?;
+                    Squares::Partials(partials.count)
+                }
             };
-            if in_tiles {
-                partials.count = Region::whole(shard).tiles();
-            }
-            let fused = reported || in_tiles;
-            let mut apply = |region: Region, gradient: Gradient| {
-                let at = partials.take(region.tiles())?;
-                elementwise::update(gpu, scheme, shard, region, arrays, gradient, &step, at, stream)
-            };
-            if !fused && no_tokens {
-                let whole = Region::whole(shard);
-                let gradient = accumulator.map_or(Gradient::ZERO, |a| Gradient {
-                    data: a.get() as DevicePtr,
-                    stride: shard.cols as u64,
-                });
-                apply(whole, gradient)?;
-            } else if !fused {
-                panels::for_each(
-                    gpu,
-                    scheme,
-                    shard,
-                    factors,
-                    accumulator,
-                    workspace,
-                    stream,
-                    |region, panel| {
-                        let stride = panel.stride as u64;
-                        apply(region, Gradient { data: panel.data, stride })
-                    },
-                )?;
-            }
-            if !reported && out != [0, 0] {
-                reduce::report(gpu, workspace.partials, partials.count, out, stream)?;
+            if let Squares::Partials(count) = squares
+                && out != [0, 0]
+            {
+                reduce::report(gpu, workspace.partials, count, out, stream)?;
             }
             if !host {
                 return Ok(None);
@@ -206,9 +206,24 @@ impl Cuda {
     }
 
     /// The fused kernel that may be asked; none of them where there is nothing to multiply.
-    fn mainloop(&self, scheme: &Scheme, no_tokens: bool) -> Mainloop {
+    fn mainloop(&self, scheme: &Scheme, factors: &[Factors]) -> Mainloop {
         let capability = self.gpu.properties().capability;
-        if no_tokens { Mainloop::Panel } else { Mainloop::choose(capability, scheme) }
+        if no_tokens(factors) { Mainloop::Panel } else { Mainloop::choose(capability, scheme) }
+    }
+}
+
+/// Where the sum of squares of a gradient is that has been consumed.
+enum Squares {
+    /// In the report or the norm.
+    Reported,
+    /// In this many partials.
+    Partials(u64),
+}
+
+impl Squares {
+    /// By the kernel of 8.0: one partial for each tile.
+    fn partials_of(shard: &Shard) -> Self {
+        Self::Partials(Region::whole(shard).tiles())
     }
 }
 
@@ -300,8 +315,7 @@ impl Backend for Cuda {
         let workspace = self.gpu.workspace.get()?;
         let _alone = self.alone();
         let _entered = self.gpu.device.enter()?;
-        let mainloop =
-            |e: &GroupEntry| self.mainloop(e.scheme, e.factors.iter().all(|f| f.tokens == 0));
+        let mainloop = |e: &GroupEntry| self.mainloop(e.scheme, e.factors);
         // SAFETY: as promised by the caller.
         unsafe {
             let at = workspace.partials;
@@ -327,8 +341,7 @@ impl Backend for Cuda {
         // SAFETY: as promised by the caller.
         unsafe {
             let gpu = &self.gpu;
-            let no_tokens = factors.iter().all(|f| f.tokens == 0);
-            let fused = match self.mainloop(scheme, no_tokens) {
+            let fused = match self.mainloop(scheme, factors) {
                 Mainloop::Sm90 => {
                     sm90::try_accumulate(gpu, scheme, shard, factors, accumulator, stream)?
                 }
@@ -363,44 +376,42 @@ impl Backend for Cuda {
         let workspace = gpu.workspace.get()?;
         let _alone = self.alone();
         let _entered = gpu.device.enter()?;
-        let mut partials = Partials { base: workspace.partials, count: 0 };
         // SAFETY: as promised by the caller.
         unsafe {
-            let no_tokens = factors.iter().all(|f| f.tokens == 0);
             let host = if deliver.host { workspace.result } else { 0 };
             let out = [host, deliver.device as DevicePtr];
-            let mainloop = self.mainloop(scheme, no_tokens);
-            let reported = mainloop == Mainloop::Sm90 && {
-                let reports = sm90_reports(&workspace, out);
-                sm90::try_norm(gpu, scheme, shard, factors, accumulator, reports, stream)?
-            };
-            let in_tiles = mainloop == Mainloop::Sm80 && {
-                let (at, mode) = (workspace.partials, sm80::Mode::Norm);
-                let call = sm80::Call::plain(scheme, shard, factors, accumulator, mode, at);
-                call.run(gpu, stream)?
-            };
-            if in_tiles {
-                partials.count = Region::whole(shard).tiles();
-            }
-            let fused = reported || in_tiles;
-            let mut square = |region: Region, plane: Plane| {
-                let at = partials.take(region.tiles())?;
-                let (data, stride) = (plane.data, plane.stride as u64);
-                let size = (region.rows, region.cols);
-                reduce::squares(gpu, (data, stride), size, at, stream)
-            };
-            if !fused && no_tokens {
-                // Without either, the sum over no partial is 0.
-                if let Some(accumulator) = accumulator {
-                    let whole = Region::whole(shard);
-                    square(whole, plane_of(accumulator, shard, whole))?;
+            let fused = match self.mainloop(scheme, factors) {
+                Mainloop::Sm90 => {
+                    let reports = sm90_reports(&workspace, out);
+                    sm90::try_norm(gpu, scheme, shard, factors, accumulator, reports, stream)?
+                        .then_some(Squares::Reported)
                 }
-            } else if !fused {
-                let to = &workspace;
-                panels::for_each(gpu, scheme, shard, factors, accumulator, to, stream, square)?;
-            }
-            if !reported {
-                reduce::norm(gpu, workspace.partials, partials.count, TILES, out, stream)?;
+                Mainloop::Sm80 => {
+                    let (at, mode) = (workspace.partials, sm80::Mode::Norm);
+                    let call = sm80::Call::plain(scheme, shard, factors, accumulator, mode, at);
+                    call.run(gpu, stream)?.then(|| Squares::partials_of(shard))
+                }
+                Mainloop::Panel => None,
+            };
+            let squares = match fused {
+                Some(squares) => squares,
+                None => {
+                    let mut partials = Partials { base: workspace.partials, count: 0 };
+                    let square = |region: Region, gradient: Option<Plane>| {
+                        // Zeros need no partial: the sum over none is 0.
+                        let Some(plane) = gradient else { return Ok(()) };
+                        let at = partials.take(region.tiles())?;
+                        let (data, stride) = (plane.data, plane.stride as u64);
+                        let size = (region.rows, region.cols);
+                        reduce::squares(gpu, (data, stride), size, at, stream)
+                    };
+                    let to = &workspace;
+                    panels::for_each(gpu, scheme, shard, factors, accumulator, to, stream, square)?;
+                    Squares::Partials(partials.count)
+                }
+            };
+            if let Squares::Partials(count) = squares {
+                reduce::norm(gpu, workspace.partials, count, TILES, out, stream)?;
             }
             if !deliver.host {
                 return Ok(None);

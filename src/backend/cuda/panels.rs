@@ -40,6 +40,11 @@ fn check_partials(tiles: u64) -> Result<()> {
     Ok(())
 }
 
+/// Whether there is nothing to multiply.
+pub fn no_tokens(factors: &[Factors]) -> bool {
+    factors.iter().all(|f| f.tokens == 0)
+}
+
 /// The panels of a shard: rows a multiple of 128, columns too where a row does not fit.
 fn panels(shard: &Shard) -> Vec<Region> {
     let (rows, cols) = (shard.rows as u64, shard.cols as u64);
@@ -123,7 +128,9 @@ pub unsafe fn products(
     unsafe { exact::product(gpu, types, &left_over, size, addend, plane(out), stream) }
 }
 
-/// dW of each panel in the workspace, then `consume(region, panel)`.
+/// The gradient region by region: dW of a panel in the workspace, then `consume(region, panel)`. Where
+/// there is nothing to multiply it is all consumed where it lies, in the accumulator; without one it is
+/// zeros, and None.
 ///
 /// # Safety
 /// As [`super::super::Backend::update`]; the context is current.
@@ -135,8 +142,12 @@ pub unsafe fn for_each(
     accumulator: Option<Accumulator>,
     workspace: &Workspace,
     stream: Stream,
-    mut consume: impl FnMut(Region, Plane) -> Result<()>,
+    mut consume: impl FnMut(Region, Option<Plane>) -> Result<()>,
 ) -> Result<()> {
+    if no_tokens(factors) {
+        let whole = Region::whole(shard);
+        return consume(whole, accumulator.map(|a| plane_of(a, shard, whole)));
+    }
     let panels = panels(shard);
     // Before the first panel, so that no weight is updated in part.
     check_partials(panels.iter().map(Region::tiles).sum())?;
@@ -147,7 +158,7 @@ pub unsafe fn for_each(
         let dtype = scheme.factor_dtype;
         // SAFETY: as promised by the caller.
         unsafe { products(gpu, dtype, factors, region, addend, panel, workspace, stream)? };
-        consume(region, panel)?;
+        consume(region, Some(panel))?;
     }
     Ok(())
 }
