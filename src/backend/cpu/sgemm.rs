@@ -110,33 +110,25 @@ mod x86 {
     vector!(__m512, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps);
     vector!(__m256, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps);
 
-    /// 24 of 32 registers are accumulators.
-    #[target_feature(enable = "avx512f")]
-    pub unsafe fn avx512(
-        size: [usize; 3],
-        a: Operand,
-        b: Operand,
-        c: *mut f32,
-        c_stride: usize,
-        packed: &mut Vec<f32>,
-    ) {
-        // SAFETY: as promised by the caller.
-        unsafe { blocked::<__m512, 12, 2>(size, a, b, c, c_stride, packed) }
+    macro_rules! compiled_for {
+        ($name:ident, $features:literal, $vector:ty, $rows:literal) => {
+            #[target_feature(enable = $features)]
+            pub unsafe fn $name(
+                size: [usize; 3],
+                a: Operand,
+                b: Operand,
+                c: *mut f32,
+                c_stride: usize,
+                packed: &mut Vec<f32>,
+            ) {
+                // SAFETY: as promised by the caller.
+                unsafe { blocked::<$vector, $rows, 2>(size, a, b, c, c_stride, packed) }
+            }
+        };
     }
-
-    /// 12 of 16 registers are accumulators.
-    #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2(
-        size: [usize; 3],
-        a: Operand,
-        b: Operand,
-        c: *mut f32,
-        c_stride: usize,
-        packed: &mut Vec<f32>,
-    ) {
-        // SAFETY: as promised by the caller.
-        unsafe { blocked::<__m256, 6, 2>(size, a, b, c, c_stride, packed) }
-    }
+    // 24 of 32 registers are accumulators, and 12 of 16.
+    compiled_for!(avx512, "avx512f", __m512, 12);
+    compiled_for!(avx2, "avx2,fma", __m256, 6);
 }
 
 /// Packs terms `first..first + depth` of `rows` rows into panels of `width` rows: term after term, the
