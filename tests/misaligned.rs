@@ -225,6 +225,25 @@ impl Fixture {
         }
     }
 
+    /// A call with an update; all that it points to lives as long.
+    fn update(
+        &self,
+        p: &Pointers,
+        call: impl FnOnce(*const forge_update) -> forge_status,
+    ) -> forge_status {
+        let mut device_report = [sized::<forge_report>(); 2];
+        let segments = [self.segment(p); 2];
+        let parameter = self.parameter(p, false);
+        let mut u = sized::<forge_update>();
+        u.n_segments = 1;
+        u.segments = p.read("segments", segments.as_ptr());
+        u.accumulator = self.accumulator.constant(p, "accumulator", 4);
+        u.parameter = p.read("parameter", &parameter);
+        u.step = p.read("step", &self.step);
+        u.device_report = p.of("device_report", device_report.as_mut_ptr());
+        call(p.read("update", &u))
+    }
+
     fn objects(&self) -> usize {
         let mut refused = 0;
         // SAFETY: all pointers are to live values, or misaligned, which is what must be refused.
@@ -356,35 +375,18 @@ impl Fixture {
             });
             refused += check("forge_linear_update", |p| {
                 let mut report = [sized::<forge_report>(); 2];
-                let mut device_report = [sized::<forge_report>(); 2];
-                let segments = [self.segment(p); 2];
-                let parameter = self.parameter(p, false);
-                let mut u = sized::<forge_update>();
-                u.n_segments = 1;
-                u.segments = p.read("segments", segments.as_ptr());
-                u.accumulator = self.accumulator.constant(p, "accumulator", 4);
-                u.parameter = p.read("parameter", &parameter);
-                u.step = p.read("step", &self.step);
-                u.device_report = p.of("device_report", device_report.as_mut_ptr());
-                let report = p.of("report", report.as_mut_ptr());
-                let linear = p.of("linear", self.linear);
-                forge_linear_update(linear, p.read("update", &u), report, stream)
+                self.update(p, |update| {
+                    let report = p.of("report", report.as_mut_ptr());
+                    forge_linear_update(p.of("linear", self.linear), update, report, stream)
+                })
             });
             refused += check("forge_linear_update_group", |p| {
-                let mut device_report = [sized::<forge_report>(); 2];
-                let segments = [self.segment(p); 2];
-                let parameter = self.parameter(p, false);
-                let mut u = sized::<forge_update>();
-                u.n_segments = 1;
-                u.segments = p.read("segments", segments.as_ptr());
-                u.accumulator = self.accumulator.constant(p, "accumulator", 4);
-                u.parameter = p.read("parameter", &parameter);
-                u.step = p.read("step", &self.step);
-                u.device_report = p.of("device_report", device_report.as_mut_ptr());
-                let updates = [p.read("update", &u); 2];
-                let linears = [p.of("linears[0]", self.linear); 2];
-                let updates = p.read("updates", updates.as_ptr());
-                forge_linear_update_group(p.read("linears", linears.as_ptr()), updates, 1, stream)
+                self.update(p, |update| {
+                    let (linears, updates) = ([p.of("linears[0]", self.linear); 2], [update; 2]);
+                    let linears = p.read("linears", linears.as_ptr());
+                    let updates = p.read("updates", updates.as_ptr());
+                    forge_linear_update_group(linears, updates, 1, stream)
+                })
             });
             refused += check("forge_linear_accumulate", |p| {
                 let segments = [self.segment(p); 2];
