@@ -71,7 +71,7 @@ int main(void) {
         net_buffer(&parameter.scales[k], n->scales[k], sizeof n->scales[k]);
     }
     net_buffer(&fp32, image, sizeof(float) * NET_OUT * NET_IN);
-    return (int)forge_linear_export_weight(net_linear(net_context(1)), &parameter, fp32, NULL);
+    return (int)forge_linear_export_weight(net_linear(cpu_context(1)), &parameter, fp32, NULL);
 }
 C
     if (program "$source") >/dev/null 2>&1 || ! grep -q heap-buffer-overflow "$out"; then

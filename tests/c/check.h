@@ -1,23 +1,14 @@
-/* What the C programs of this directory share: a check that names its place, and random numbers
+/* What the C programs of this directory share: calls that must succeed or fail, and random numbers
  * that are the same everywhere. C99 and C++17. */
 
 #ifndef FORGE_TESTS_CHECK_H
 #define FORGE_TESTS_CHECK_H
 
 #include "forge.h"
+#include "require.h"
 
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-
-/* assert() would vanish with NDEBUG; a test must not. */
-#define REQUIRE(condition)                                                                         \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);              \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
+#include <string.h>
 
 /* A call that must succeed; otherwise FORGE's own sentence is the message. */
 #define OK(call)                                                                                   \
@@ -25,6 +16,17 @@
         const uint32_t ok_status_ = (uint32_t)(call);                                              \
         if (ok_status_ != FORGE_OK) {                                                              \
             fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, forge_status_name(ok_status_),  \
+                    forge_last_error());                                                           \
+            exit(1);                                                                               \
+        }                                                                                          \
+    } while (0)
+
+/* A call that must fail so, with these words in its message. */
+#define REFUSED(status, words, call)                                                               \
+    do {                                                                                           \
+        REQUIRE((call) == (status));                                                               \
+        if (strstr(forge_last_error(), (words)) == NULL) {                                         \
+            fprintf(stderr, "%s:%d: '%s' is not in: %s\n", __FILE__, __LINE__, (words),            \
                     forge_last_error());                                                           \
             exit(1);                                                                               \
         }                                                                                          \

@@ -3,75 +3,15 @@
  * reference that materialises the gradient in double. Then the same with a bf16 weight, its lower
  * halves and 8-bit states, all allocated from forge_linear_layout. */
 
-#include "check.h"
+#include "linear.h"
 
 #include <math.h>
-#include <string.h>
 
 /* IN takes two blocks of 128 of an 8-bit state, the second one short. */
 enum { OUT = 9, IN = 130, SIZE = OUT * IN, MICRO_BATCHES = 3, TOKENS = 16, STEPS = 5 };
 
 static const int micro_batch_tokens[MICRO_BATCHES] = {5, 7, 4};
 static const double LR = 0.01, DECAY = 0.1, BETA1 = 0.9, BETA2 = 0.99, EPS = 1e-8, MAX_NORM = 1.0;
-
-/* Every array as the layout asks for it; those it has no use for stay NULL. */
-static forge_buffer allocate(const forge_array_layout *layout) {
-    forge_buffer buffer = {NULL, 0};
-    if (layout->bytes != 0) {
-        /* malloc's alignment is enough for the CPU backend; another may ask for more. */
-        REQUIRE(layout->alignment <= 16);
-        buffer.data = calloc(1, (size_t)layout->bytes);
-        buffer.bytes = layout->bytes;
-        REQUIRE(buffer.data != NULL);
-    }
-    return buffer;
-}
-
-static forge_parameter parameter_new(const forge_linear *linear) {
-    forge_layout layout;
-    forge_parameter p;
-    layout.struct_size = sizeof layout;
-    OK(forge_linear_layout(linear, &layout));
-    memset(&p, 0, sizeof p);
-    p.struct_size = sizeof p;
-    p.weight = allocate(&layout.weight);
-    p.weight_extra = allocate(&layout.weight_extra);
-    for (int k = 0; k < FORGE_MAX_STATES; k++) {
-        p.states[k] = allocate(&layout.states[k]);
-        p.scales[k] = allocate(&layout.scales[k]);
-    }
-    return p;
-}
-
-static void parameter_free(forge_parameter *p) {
-    free(p->weight.data);
-    free(p->weight_extra.data);
-    for (int k = 0; k < FORGE_MAX_STATES; k++) {
-        free(p->states[k].data);
-        free(p->scales[k].data);
-    }
-}
-
-static int same_bytes(forge_buffer a, forge_buffer b) {
-    return a.bytes == b.bytes && (a.bytes == 0 || memcmp(a.data, b.data, (size_t)a.bytes) == 0);
-}
-
-static forge_linear *linear_new(forge_context *context, forge_comm *comm, uint32_t weight_format,
-                                uint32_t state_format) {
-    forge_linear *linear = NULL;
-    forge_linear_config config;
-    memset(&config, 0, sizeof config);
-    config.struct_size = sizeof config;
-    config.factor_dtype = FORGE_DTYPE_F32;
-    config.out_features = OUT;
-    config.in_features = IN;
-    config.weight_format = weight_format;
-    config.state_formats[0] = config.state_formats[1] = state_format;
-    config.parameter_id = 7;
-    config.rule = "adamw";
-    OK(forge_linear_new(context, comm, &config, &linear));
-    return linear;
-}
 
 typedef struct {
     double w[SIZE], m[SIZE], v[SIZE];
@@ -202,21 +142,20 @@ static void check_round_trip(forge_linear *linear, const forge_parameter *parame
         OK(forge_linear_export_state(linear, parameter, k, writable(image), NULL));
         OK(forge_linear_import_state(linear, &copy, k, readable(image), NULL));
     }
-    REQUIRE(same_bytes(parameter->weight, copy.weight));
-    REQUIRE(same_bytes(parameter->weight_extra, copy.weight_extra));
-    for (int k = 0; k < 2; k++) {
-        REQUIRE(same_bytes(parameter->states[k], copy.states[k]));
-        REQUIRE(same_bytes(parameter->scales[k], copy.scales[k]));
-    }
+    REQUIRE(parameters_equal(parameter, &copy));
     parameter_free(&copy);
 }
 
 /* `tolerance_first`, `tolerance_last`: of a weight after the first and after the last step. */
-static void run(forge_context *context, forge_comm *comm, const char *name, uint32_t weight_format,
+static void run(forge_context *context, const char *name, uint32_t weight_format,
                 uint32_t state_format, double tolerance_first, double tolerance_last) {
     static float weight[SIZE], image[SIZE], dy[TOKENS * OUT], x[TOKENS * IN];
     static reference expected;
-    forge_linear *linear = linear_new(context, comm, weight_format, state_format);
+    forge_linear_config config = linear_config(OUT, IN);
+    config.weight_format = weight_format;
+    config.state_formats[0] = config.state_formats[1] = state_format;
+    config.parameter_id = 7;
+    forge_linear *linear = solo_linear(context, &config);
     forge_parameter parameter = parameter_new(linear);
     uint64_t seed = 3;
     double difference = 0.0;
@@ -248,16 +187,11 @@ static void run(forge_context *context, forge_comm *comm, const char *name, uint
 }
 
 int main(void) {
-    forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 2, NULL};
-    forge_context *context = NULL;
-    forge_comm *comm = NULL;
-    OK(forge_context_new(&config, &context));
-    OK(forge_comm_new_solo(context, &comm));
-    run(context, comm, "fp32, fp32 states", FORGE_WEIGHT_F32, FORGE_STATE_F32, 1e-5, 1e-5);
+    forge_context *context = cpu_context(2);
+    run(context, "fp32, fp32 states", FORGE_WEIGHT_F32, FORGE_STATE_F32, 1e-5, 1e-5);
     /* The first update is computed before its states are rounded to 8 bits, so it is exact; later
      * ones differ by fractions of the learning rate (0.01). */
-    run(context, comm, "bf16+16, q8 states", FORGE_WEIGHT_BF16_16, FORGE_STATE_Q8, 1e-5, 5e-3);
-    forge_comm_free(comm);
+    run(context, "bf16+16, q8 states", FORGE_WEIGHT_BF16_16, FORGE_STATE_Q8, 1e-5, 5e-3);
     forge_context_free(context);
     return 0;
 }

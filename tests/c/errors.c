@@ -1,10 +1,9 @@
 /* One deliberately wrong call for each status that a caller can cause. Each must give that status,
  * name the argument in forge_last_error(), and leave every buffer as it was. */
 
-#include "check.h"
+#include "linear.h"
 
 #include <math.h>
-#include <string.h>
 
 enum { TOKENS = 2, OUT = 4, IN = 3, SIZE = OUT * IN };
 
@@ -74,17 +73,6 @@ static forge_host_collectives collectives(void) {
     return c;
 }
 
-static forge_linear_config linear_config(void) {
-    forge_linear_config c;
-    memset(&c, 0, sizeof c);
-    c.struct_size = sizeof c;
-    c.factor_dtype = FORGE_DTYPE_F32;
-    c.out_features = OUT;
-    c.in_features = IN;
-    c.rule = "adamw";
-    return c;
-}
-
 static forge_parameter parameter(void) {
     forge_parameter p;
     memset(&p, 0, sizeof p);
@@ -94,19 +82,6 @@ static forge_parameter parameter(void) {
     p.states[1].data = memory.v;
     p.weight.bytes = p.states[0].bytes = p.states[1].bytes = sizeof memory.weight;
     return p;
-}
-
-static forge_step step(void) {
-    forge_step s;
-    memset(&s, 0, sizeof s);
-    s.struct_size = sizeof s;
-    s.scalars.step = 1;
-    s.scalars.grad_scale = 1.0;
-    s.scalars.hyper[FORGE_HYPER_LR] = 0.1;
-    s.scalars.hyper[2] = 0.9;
-    s.scalars.hyper[3] = 0.999;
-    s.scalars.hyper[4] = 1e-8;
-    return s;
 }
 
 static forge_backward backward(const forge_parameter *p, const forge_step *s) {
@@ -158,34 +133,34 @@ static void creation(void) {
     host = collectives();
     OK(forge_comm_new_host(memory.context, 0, 2, &host, &memory.comm));
 
-    c = linear_config();
+    c = linear_config(OUT, IN);
     c.rule = "shampoo";
     EXPECT(FORGE_ERROR_RULE, "rule",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
-    c = linear_config();
+    c = linear_config(OUT, IN);
     c.rule_flags = FORGE_RULE_NESTEROV;
     EXPECT(FORGE_ERROR_RULE, "rule_flags",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
-    c = linear_config();
+    c = linear_config(OUT, IN);
     c.state_formats[1] = 9;
     EXPECT(FORGE_ERROR_ENUM, "state_formats[1]",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
-    c = linear_config();
+    c = linear_config(OUT, IN);
     c.sequence_parallel = 1;
     EXPECT(FORGE_ERROR_UNSUPPORTED, "sequence_parallel",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
-    c = linear_config();
+    c = linear_config(OUT, IN);
     c.parallel = FORGE_PARALLEL_ROW;
     EXPECT(FORGE_ERROR_SHARD, "in_features",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
-    c = linear_config();
+    c = linear_config(OUT, IN);
     c.in_features = 0;
     EXPECT(FORGE_ERROR_SHAPE, "in_features",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
     c.in_features = UINT64_MAX / 2;
     EXPECT(FORGE_ERROR_OVERFLOW, "in_features",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
-    c = linear_config();
+    c = linear_config(OUT, IN);
     OK(forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
 
     memory.layout.struct_size = 8;
@@ -201,7 +176,7 @@ static void creation(void) {
 
 /* What cannot be compiled ahead of time. Nothing is: no call gets as far as a compiler. */
 static void warming(void) {
-    forge_linear_config linear = linear_config();
+    forge_linear_config linear = linear_config(OUT, IN);
     forge_warm_config c;
     memset(&c, 0, sizeof c);
     c.struct_size = sizeof c;
@@ -231,7 +206,7 @@ static void calls(void) {
     forge_linear *const linear = memory.linear;
     forge_report *const report = &memory.report;
     forge_parameter p = parameter();
-    forge_step s = step();
+    forge_step s = adamw_step(1, 0.1);
     forge_backward b = backward(&p, &s);
     const forge_const_buffer none = {NULL, 0};
     forge_segment segment;
@@ -276,14 +251,14 @@ static void calls(void) {
     b = backward(&p, &s);
     s.scalars.hyper[FORGE_HYPER_LR] = NAN;
     EXPECT(FORGE_ERROR_SCALAR, "lr", forge_linear_backward(linear, &b, report, NULL));
-    s = step();
+    s = adamw_step(1, 0.1);
     s.scalars.grad_scale = INFINITY;
     EXPECT(FORGE_ERROR_SCALAR, "grad_scale", forge_linear_backward(linear, &b, report, NULL));
-    s = step();
+    s = adamw_step(1, 0.1);
     s.scalars.step = 0;
     EXPECT(FORGE_ERROR_SCALAR, "step", forge_linear_backward(linear, &b, report, NULL));
     EXPECT(FORGE_ERROR_SCALAR, "step", forge_linear_check_step(linear, &s));
-    s = step();
+    s = adamw_step(1, 0.1);
     OK(forge_linear_check_step(linear, &s));
     p.weight_extra.data = memory.fp32;
     p.weight_extra.bytes = sizeof memory.fp32;
@@ -320,9 +295,9 @@ static void calls(void) {
 
 static void a_failing_collective(void) {
     forge_linear *linear = NULL;
-    forge_linear_config c = linear_config();
+    forge_linear_config c = linear_config(OUT, IN);
     forge_parameter p = parameter();
-    forge_step s = step();
+    forge_step s = adamw_step(1, 0.1);
     forge_backward b = backward(&p, &s);
     /* dX [2, 3] of this rank's 2 of 4 rows is summed over the ranks, and that fails. */
     c.parallel = FORGE_PARALLEL_COLUMN;

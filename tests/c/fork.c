@@ -57,7 +57,7 @@ static void on_line(void *user, uint32_t level, const char *target, const char *
 }
 
 int main(void) {
-    forge_context *context = net_context(3);
+    forge_context *context = cpu_context(3);
     forge_linear *linear = net_linear(context);
     pthread_t busy;
 
@@ -82,7 +82,7 @@ int main(void) {
         steps(&parent, linear, AFTER, AFTER);
         REQUIRE(net_equal(&parent, &expected));
         /* New objects as well, and all of them can be freed. */
-        forge_context *own = net_context(2);
+        forge_context *own = cpu_context(2);
         forge_linear *second = net_linear(own);
         net_init(&parent, 1);
         steps(&parent, second, 1, AFTER);

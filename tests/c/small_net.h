@@ -5,9 +5,7 @@
 #ifndef FORGE_TESTS_SMALL_NET_H
 #define FORGE_TESTS_SMALL_NET_H
 
-#include "check.h"
-
-#include <string.h>
+#include "linear.h"
 
 enum { NET_OUT = 160, NET_IN = 260, NET_TOKENS = 24, NET_BLOCKS = (NET_IN + 127) / 128 };
 
@@ -19,32 +17,14 @@ typedef struct {
     forge_report report;
 } net;
 
-static inline forge_context *net_context(uint32_t threads) {
-    const forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, threads, NULL};
-    forge_context *context = NULL;
-    OK(forge_context_new(&config, &context));
-    return context;
-}
-
 static inline forge_linear *net_linear(forge_context *context) {
-    forge_linear_config config;
-    forge_comm *comm = NULL;
-    forge_linear *linear = NULL;
-    memset(&config, 0, sizeof config);
-    config.struct_size = sizeof config;
-    config.factor_dtype = FORGE_DTYPE_F32;
-    config.out_features = NET_OUT;
-    config.in_features = NET_IN;
+    forge_linear_config config = linear_config(NET_OUT, NET_IN);
     config.weight_format = FORGE_WEIGHT_BF16;
     config.weight_rounding = FORGE_ROUNDING_STOCHASTIC;
     config.state_formats[0] = FORGE_STATE_Q8;
     config.state_formats[1] = FORGE_STATE_Q8;
     config.parameter_id = 7;
-    config.rule = "adamw";
-    OK(forge_comm_new_solo(context, &comm));
-    OK(forge_linear_new(context, comm, &config, &linear));
-    forge_comm_free(comm);
-    return linear;
+    return solo_linear(context, &config);
 }
 
 static inline void net_init(net *n, uint64_t seed) {
@@ -64,7 +44,7 @@ static inline void net_buffer(forge_buffer *buffer, void *data, size_t bytes) {
 /* The status of one step, for who expects another than success. */
 static inline uint32_t net_try_step(net *n, forge_linear *linear, int number) {
     forge_parameter parameter;
-    forge_step step;
+    forge_step step = adamw_step((uint64_t)number, 0.01);
     forge_backward backward;
     memset(&parameter, 0, sizeof parameter);
     parameter.struct_size = sizeof parameter;
@@ -73,15 +53,7 @@ static inline uint32_t net_try_step(net *n, forge_linear *linear, int number) {
         net_buffer(&parameter.states[k], n->moments[k], sizeof n->moments[k]);
         net_buffer(&parameter.scales[k], n->scales[k], sizeof n->scales[k]);
     }
-    memset(&step, 0, sizeof step);
-    step.struct_size = sizeof step;
-    step.scalars.step = (uint64_t)number;
     step.scalars.seed = 11;
-    step.scalars.grad_scale = 1.0;
-    step.scalars.hyper[FORGE_HYPER_LR] = 0.01;
-    step.scalars.hyper[2] = 0.9;
-    step.scalars.hyper[3] = 0.999;
-    step.scalars.hyper[4] = 1e-8;
     memset(&backward, 0, sizeof backward);
     backward.struct_size = sizeof backward;
     backward.mode = FORGE_BACKWARD_UPDATE;

@@ -35,7 +35,7 @@ static void *work(void *argument) {
 static void *make_work_and_free(void *argument) {
     worker *w = argument;
     for (int round = 0; round < 8; round++) {
-        forge_context *context = net_context(1 + (uint32_t)round % 3);
+        forge_context *context = cpu_context(1 + (uint32_t)round % 3);
         forge_linear *linear = net_linear(context);
         /* Destroyed in the middle: the linear keeps what it needs. */
         forge_context_free(context);
@@ -78,7 +78,7 @@ int main(void) {
     const int before = threads_alive();
 
     /* One thread, a context without threads of its own. */
-    forge_context *context = net_context(1);
+    forge_context *context = cpu_context(1);
     forge_linear *linear = net_linear(context);
     net_init(&expected, 1);
     for (int step = 1; step <= ROUNDS; step++) {
@@ -89,7 +89,7 @@ int main(void) {
 
     /* Two contexts on two threads. */
     for (int i = 0; i < WORKERS; i++) {
-        workers[i].context = net_context(2);
+        workers[i].context = cpu_context(2);
         workers[i].linear = net_linear(workers[i].context);
         net_init(&workers[i].net, 1);
     }
@@ -101,7 +101,7 @@ int main(void) {
     }
 
     /* One context on two threads, whose linears are their own. */
-    context = net_context(3);
+    context = cpu_context(3);
     for (int i = 0; i < WORKERS; i++) {
         workers[i].linear = net_linear(context);
         net_init(&workers[i].net, 1);

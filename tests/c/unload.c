@@ -4,22 +4,13 @@
 
 #define _POSIX_C_SOURCE 200809L
 
+/* Not check.h: that calls the library by name, and here it has none until it is opened. */
 #include "forge.h"
+#include "require.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-
-/* Not check.h: that calls the library by name, and here it has none until it is opened. */
-#define REQUIRE(condition)                                                                         \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);              \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
 
 typedef struct {
     void *handle;

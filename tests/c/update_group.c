@@ -1,9 +1,7 @@
 /* Several linears of different shapes and formats, updated by one call: the bytes of a call for
  * each, reports too. And what such a call refuses, before it has written anything. */
 
-#include "check.h"
-
-#include <string.h>
+#include "linear.h"
 
 enum { COUNT = 5, TOKENS = 6, MOST = 140 * 20 };
 
@@ -20,58 +18,29 @@ typedef struct {
 
 static layer layers[COUNT];
 
-/* The same random bits for both; every array as the layout asks for it. */
-static void allocate(const forge_array_layout *layout, forge_buffer *alone,
-                     forge_buffer *together) {
-    if (layout->bytes == 0) {
-        return;
-    }
-    alone->bytes = together->bytes = layout->bytes;
-    alone->data = calloc(1, (size_t)layout->bytes);
-    together->data = calloc(1, (size_t)layout->bytes);
-    REQUIRE(alone->data != NULL && together->data != NULL);
-}
-
+/* The same random bits for both. */
 static void parameters(layer *l) {
     static float values[MOST];
-    forge_layout layout;
     uint64_t seed = l->rows;
     forge_const_buffer image = {values, sizeof(float) * l->rows * l->cols};
-    layout.struct_size = sizeof layout;
-    OK(forge_linear_layout(l->linear, &layout));
-    memset(&l->alone, 0, sizeof l->alone);
-    l->alone.struct_size = sizeof l->alone;
-    l->together = l->alone;
-    allocate(&layout.weight, &l->alone.weight, &l->together.weight);
-    allocate(&layout.weight_extra, &l->alone.weight_extra, &l->together.weight_extra);
-    for (int k = 0; k < FORGE_MAX_STATES; k++) {
-        allocate(&layout.states[k], &l->alone.states[k], &l->together.states[k]);
-        allocate(&layout.scales[k], &l->alone.scales[k], &l->together.scales[k]);
-    }
+    l->alone = parameter_new(l->linear);
+    l->together = parameter_new(l->linear);
     fill_uniform(values, MOST, 0.5f, &seed);
     OK(forge_linear_import_weight(l->linear, &l->alone, image, NULL));
     OK(forge_linear_import_weight(l->linear, &l->together, image, NULL));
 }
 
 static forge_linear *linear_new(forge_context *context, int k, uint64_t rows, uint64_t cols) {
-    forge_linear *linear = NULL;
-    forge_comm *comm = NULL;
-    forge_linear_config config;
-    memset(&config, 0, sizeof config);
-    config.struct_size = sizeof config;
-    config.factor_dtype = FORGE_DTYPE_F32;
-    config.out_features = rows;
-    config.in_features = cols;
+    forge_linear_config config = linear_config(rows, cols);
     config.weight_format = k % 2 == 0 ? FORGE_WEIGHT_F32 : FORGE_WEIGHT_BF16_16;
     config.state_formats[0] = config.state_formats[1] = k == 3 ? FORGE_STATE_Q8 : FORGE_STATE_F32;
     config.state_rounding = FORGE_ROUNDING_STOCHASTIC;
     config.parameter_id = 100 + (uint32_t)k;
     config.rule = k == 4 ? "lion" : "adamw";
-    OK(forge_comm_new_solo(context, &comm));
-    OK(forge_linear_new(context, comm, &config, &linear));
-    forge_comm_free(comm);
-    return linear;
+    return solo_linear(context, &config);
 }
+
+static int same(const layer *l) { return parameters_equal(&l->alone, &l->together); }
 
 static void prepare(forge_context *context, int k, uint64_t *seed) {
     static const uint64_t rows[COUNT] = {7, 20, 1, 20, 9}, cols[COUNT] = {13, 140, 1, 131, 64};
@@ -95,14 +64,8 @@ static void prepare(forge_context *context, int k, uint64_t *seed) {
     if (k == 2) {
         l->dy[0] = (float)1e38 * 10.0f;
     }
-    l->step.struct_size = sizeof l->step;
-    l->step.scalars.step = 1;
+    l->step = adamw_step(1, k == 1 ? 0.02 : 0.01);
     l->step.scalars.seed = 5;
-    l->step.scalars.grad_scale = 1.0;
-    l->step.scalars.hyper[FORGE_HYPER_LR] = k == 1 ? 0.02 : 0.01;
-    l->step.scalars.hyper[2] = 0.9;
-    l->step.scalars.hyper[3] = 0.99;
-    l->step.scalars.hyper[4] = 1e-8;
     l->update.struct_size = sizeof l->update;
     l->update.segments = l->segments;
     l->update.n_segments = (uint32_t)(k % 3);
@@ -114,26 +77,6 @@ static void prepare(forge_context *context, int k, uint64_t *seed) {
     l->update.parameter = &l->alone;
     l->update.device_report = &l->report_alone;
 }
-
-static int same_bytes(forge_buffer a, forge_buffer b) {
-    return a.bytes == b.bytes && (a.bytes == 0 || memcmp(a.data, b.data, (size_t)a.bytes) == 0);
-}
-
-static int same(const layer *l) {
-    int same = same_bytes(l->alone.weight, l->together.weight) &&
-               same_bytes(l->alone.weight_extra, l->together.weight_extra);
-    for (int k = 0; k < FORGE_MAX_STATES; k++) {
-        same = same && same_bytes(l->alone.states[k], l->together.states[k]) &&
-               same_bytes(l->alone.scales[k], l->together.scales[k]);
-    }
-    return same;
-}
-
-#define REFUSED(status, part, call)                                                                \
-    do {                                                                                           \
-        REQUIRE((call) == (status));                                                               \
-        REQUIRE(strstr(forge_last_error(), part) != NULL);                                         \
-    } while (0)
 
 /* `together` is still `alone` after each. */
 static void refusals(forge_linear **linears, const forge_update **updates, forge_linear *foreign) {
@@ -164,14 +107,11 @@ static void refusals(forge_linear **linears, const forge_update **updates, forge
 }
 
 int main(void) {
-    forge_context_config config = {sizeof config, FORGE_BACKEND_CPU, 0, 2, NULL};
-    forge_context *context = NULL, *other = NULL;
+    forge_context *const context = cpu_context(2), *const other = cpu_context(2);
     forge_linear *linears[COUNT], *foreign;
     const forge_update *updates[COUNT];
     uint64_t seed = 9;
 
-    OK(forge_context_new(&config, &context));
-    OK(forge_context_new(&config, &other));
     foreign = linear_new(other, 3, 20, 131);
     for (int k = 0; k < COUNT; k++) {
         prepare(context, k, &seed);
@@ -203,15 +143,8 @@ int main(void) {
 
     forge_linear_free(foreign);
     for (int k = 0; k < COUNT; k++) {
-        forge_parameter *const both[2] = {&layers[k].alone, &layers[k].together};
-        for (int i = 0; i < 2; i++) {
-            free(both[i]->weight.data);
-            free(both[i]->weight_extra.data);
-            for (int s = 0; s < FORGE_MAX_STATES; s++) {
-                free(both[i]->states[s].data);
-                free(both[i]->scales[s].data);
-            }
-        }
+        parameter_free(&layers[k].alone);
+        parameter_free(&layers[k].together);
         forge_linear_free(layers[k].linear);
     }
     forge_context_free(other);
