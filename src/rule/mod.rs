@@ -214,8 +214,8 @@ fn apply_run<R: Rule>(flags: u32, c: &Constants, run: Run<'_>) {
 
 /// Every rule: those of this build, then those that were defined.
 pub fn all() -> Vec<&'static dyn ErasedRule> {
-    let defined = user::registered();
-    RULES.iter().copied().chain(defined.into_iter().map(|r| r as &dyn ErasedRule)).collect()
+    let defined = user::registered().map(|r| r as &dyn ErasedRule);
+    RULES.iter().copied().chain(defined).collect()
 }
 
 /// The rule of this name.

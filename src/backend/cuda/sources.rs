@@ -57,7 +57,7 @@ pub const HEADERS: &[Source] = &[
 pub fn headers(defines: &[String]) -> Vec<Source> {
     let mut out = HEADERS.to_vec();
     let user = defines.iter().find_map(|d| d.split_once("FORGE_USER_RULE=").map(|(_, name)| name));
-    let mut rules = crate::rule::user::registered().into_iter();
+    let mut rules = crate::rule::user::registered();
     let rule = rules.find(|r| r.info().name.to_str().ok() == user);
     if let Some(text) = rule.and_then(|r| r.header().ok()) {
         out.push(Source { name: "user_rule.cuh", text });

@@ -5,6 +5,7 @@
 //! ([`super::find`], schemes, linears, kernels) treats it as one of the built-in rules.
 
 mod check;
+mod registry;
 mod source;
 mod tile;
 
@@ -17,7 +18,6 @@ use super::{
 use crate::error::{Result, bail};
 use crate::format::StateKind;
 use std::ffi::{CStr, CString, c_void};
-use std::sync::{PoisonError, RwLock};
 
 /// Where the step is among the constants: behind hyper-parameters and per-step values.
 pub const STEP: usize = 15;
@@ -97,23 +97,20 @@ pub struct UserRule {
     header: Option<String>,
 }
 
-static REGISTERED: RwLock<Vec<&'static UserRule>> = RwLock::new(Vec::new());
-
 /// The rules that were defined so far, in that order.
-pub fn registered() -> Vec<&'static UserRule> {
-    // A panic while the lock was held cannot leave the list half-written.
-    REGISTERED.read().unwrap_or_else(PoisonError::into_inner).clone()
+pub fn registered() -> impl Iterator<Item = &'static UserRule> {
+    registry::rules()
 }
 
 /// Checks a definition and makes it a rule. To define the same rule again changes nothing; another one
 /// of that name is refused.
 pub fn register(definition: Definition) -> Result<&'static UserRule> {
     check::definition(&definition)?;
-    let mut rules = REGISTERED.write().unwrap_or_else(PoisonError::into_inner);
-    if let Some(rule) = rules.iter().find(|r| r.definition.name == definition.name) {
-        if rule.definition == definition {
-            return Ok(rule);
-        }
+    if RULES.iter().any(|r| r.info().name.to_str() == Ok(&definition.name)) {
+        bail!(FORGE_ERROR_RULE, "name: '{}' is a built-in rule; choose another", definition.name);
+    }
+    let rule = registry::find_or_add(&definition);
+    if rule.definition != definition {
         bail!(
             FORGE_ERROR_RULE,
             "name: a rule '{}' with another definition is registered already; linears may use it, so \
@@ -121,11 +118,6 @@ pub fn register(definition: Definition) -> Result<&'static UserRule> {
             definition.name
         );
     }
-    if RULES.iter().any(|r| r.info().name.to_str() == Ok(&definition.name)) {
-        bail!(FORGE_ERROR_RULE, "name: '{}' is a built-in rule; choose another", definition.name);
-    }
-    let rule: &'static UserRule = Box::leak(Box::new(UserRule::new(definition)));
-    rules.push(rule);
     Ok(rule)
 }
 

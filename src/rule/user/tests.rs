@@ -48,6 +48,19 @@ fn a_rule_is_found_and_described_as_the_others() {
 }
 
 #[test]
+fn threads_that_register_at_once_get_one_rule_of_each_name() {
+    let name = |i: usize| format!("raced_{i}");
+    let all = || (0..64).map(|i| register(momentum(&name(i))).unwrap() as *const _ as usize);
+    let rules: Vec<Vec<usize>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| all().collect())).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert!(rules.iter().all(|r| *r == rules[0]));
+    let listed = registered().filter(|r| r.definition.name.starts_with("raced_"));
+    assert_eq!(listed.map(|r| r as *const _ as usize).collect::<Vec<_>>(), rules[0]);
+}
+
+#[test]
 fn names_counts_and_ranges_are_checked() {
     type Change<'a> = &'a dyn Fn(&mut Definition);
     let cases: &[(&str, Change)] = &[
