@@ -159,9 +159,8 @@ impl Cuda {
             let squares = match fused {
                 Some(squares) => squares,
                 None => {
-                    let mut partials = Partials { base: workspace.partials, count: 0 };
-                    let apply = |region: Region, gradient: Option<Plane>| {
-                        let at = partials.take(region.tiles())?;
+                    let apply = |region: Region, gradient: Option<Plane>, to: &mut Partials| {
+                        let at = to.take(region.tiles())?;
                         let gradient = gradient.map_or(Gradient::ZERO, |plane| Gradient {
                             data: plane.data,
                             stride: plane.stride as u64,
@@ -170,7 +169,7 @@ impl Cuda {
                             gpu, scheme, shard, region, arrays, gradient, &step, at, stream,
                         )
                     };
-                    panels::for_each(
+                    Squares::Partials(panels::for_each(
                         gpu,
                         scheme,
                         shard,
@@ -179,8 +178,7 @@ impl Cuda {
                         workspace,
                         stream,
                         apply,
-                    )?;
-                    Squares::Partials(partials.count)
+                    )?)
                 }
             };
             if let Squares::Partials(count) = squares
@@ -396,18 +394,23 @@ impl Backend for Cuda {
             let squares = match fused {
                 Some(squares) => squares,
                 None => {
-                    let mut partials = Partials { base: workspace.partials, count: 0 };
-                    let square = |region: Region, gradient: Option<Plane>| {
+                    let square = |region: Region, gradient: Option<Plane>, to: &mut Partials| {
                         // Zeros need no partial: the sum over none is 0.
-                        let Some(plane) = gradient else { return Ok(()) };
-                        let at = partials.take(region.tiles())?;
-                        let (data, stride) = (plane.data, plane.stride as u64);
+                        let Some(Plane { data, stride }) = gradient else { return Ok(()) };
+                        let at = to.take(region.tiles())?;
                         let size = (region.rows, region.cols);
-                        reduce::squares(gpu, (data, stride), size, at, stream)
+                        reduce::squares(gpu, (data, stride as u64), size, at, stream)
                     };
-                    let to = &workspace;
-                    panels::for_each(gpu, scheme, shard, factors, accumulator, to, stream, square)?;
-                    Squares::Partials(partials.count)
+                    Squares::Partials(panels::for_each(
+                        gpu,
+                        scheme,
+                        shard,
+                        factors,
+                        accumulator,
+                        &workspace,
+                        stream,
+                        square,
+                    )?)
                 }
             };
             if let Squares::Partials(count) = squares {

@@ -13,10 +13,8 @@ use crate::format::Dtype;
 
 /// Where partials go, and how many there are.
 pub struct Partials {
-    /// The first, in the workspace.
-    pub base: DevicePtr,
-    /// Taken so far.
-    pub count: u64,
+    base: DevicePtr,
+    count: u64,
 }
 
 impl Partials {
@@ -130,7 +128,7 @@ pub unsafe fn products(
 
 /// The gradient region by region: dW of a panel in the workspace, then `consume(region, panel)`. Where
 /// there is nothing to multiply it is all consumed where it lies, in the accumulator; without one it is
-/// zeros, and None.
+/// zeros, and None. Returns how many partials were taken.
 ///
 /// # Safety
 /// As [`super::super::Backend::update`]; the context is current.
@@ -142,11 +140,13 @@ pub unsafe fn for_each(
     accumulator: Option<Accumulator>,
     workspace: &Workspace,
     stream: Stream,
-    mut consume: impl FnMut(Region, Option<Plane>) -> Result<()>,
-) -> Result<()> {
+    mut consume: impl FnMut(Region, Option<Plane>, &mut Partials) -> Result<()>,
+) -> Result<u64> {
+    let mut partials = Partials { base: workspace.partials, count: 0 };
     if no_tokens(factors) {
         let whole = Region::whole(shard);
-        return consume(whole, accumulator.map(|a| plane_of(a, shard, whole)));
+        consume(whole, accumulator.map(|a| plane_of(a, shard, whole)), &mut partials)?;
+        return Ok(partials.count);
     }
     let panels = panels(shard);
     // Before the first panel, so that no weight is updated in part.
@@ -158,9 +158,9 @@ pub unsafe fn for_each(
         let dtype = scheme.factor_dtype;
         // SAFETY: as promised by the caller.
         unsafe { products(gpu, dtype, factors, region, addend, panel, workspace, stream)? };
-        consume(region, Some(panel))?;
+        consume(region, Some(panel), &mut partials)?;
     }
-    Ok(())
+    Ok(partials.count)
 }
 
 /// A region of an fp32 buffer of the shard's shape.
