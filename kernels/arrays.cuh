@@ -5,6 +5,7 @@
 // Each array's part of a chunk is one or more TMA boxes, swizzled so that the quads of a warp,
 // which read 8 rows at 4 pairs of columns, meet no bank twice.
 #pragma once
+#include "mode.cuh"
 #include "prelude.cuh"
 
 #ifndef FORGE_ACCUMULATOR
@@ -12,9 +13,6 @@
 #endif
 
 namespace forge {
-
-enum class Mode { Update = 0, Accumulate = 1, Norm = 2 };
-constexpr Mode MODE = static_cast<Mode>(FORGE_MODE);
 
 enum class WeightFormat { F32 = 0, Bf16 = 1, Bf16F32 = 2, Bf16Low16 = 3 };
 constexpr WeightFormat WEIGHT = static_cast<WeightFormat>(FORGE_WEIGHT_FORMAT);

@@ -1,15 +1,26 @@
 // The rule over an fp32 gradient that is in memory: a panel of dW, an accumulator, or zeros.
 #include "elementwise.cuh"
 
+namespace forge {
+
+constexpr int ELEMENTWISE_THREADS = 256;
+// Blocks that share an SM: three where the registers suffice, for more loads in flight.
+constexpr bool FEW_REGISTERS = VECTOR && N_STATES < 3 && FORGE_STATE_STOCHASTIC == 0 && !CODES;
+constexpr int ELEMENTWISE_BLOCKS = FEW_REGISTERS ? 3 : 2;
+
+} // namespace forge
+
 using namespace forge;
 
 // `gradient`: the region's first element, rows `stride` apart; null: zeros.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(forge::ELEMENTWISE_THREADS, forge::ELEMENTWISE_BLOCKS)
     forge_elementwise(ShardArrays arrays, Shard shard, Region region, const float *gradient,
                       u64 stride, const __grid_constant__ StepSource source,
                       TilePartial *partials) {
+    constexpr int THREADS = ELEMENTWISE_THREADS;
+    constexpr u32 PASSES = TILE_ROWS / Tile<THREADS>::BOTH_ROWS;
     // The tile's gradient waits here for its turn; each thread reads only what it wrote.
-    __shared__ float4 waiting[PASSES][2][THREADS];
+    __shared__ float4 waiting[PASSES * STEPS][2][THREADS];
     __shared__ double sums[THREADS / 32];
     __shared__ StepScalars scalars;
     if (threadIdx.x == 0)
@@ -17,23 +28,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __syncthreads();
 
     const u64 tiles_across = (region.cols + TILE_COLS - 1) / TILE_COLS;
-    const Tile tile(region, blockIdx.x / tiles_across * TILE_ROWS,
-                    blockIdx.x % tiles_across * TILE_COLS);
-    const auto look = [&](int pass) {
-        Place place = tile.place(shard, region, pass);
-        place.at = tile.row_of(pass) * stride + tile.col;
-        Run<float> run{};
-        if (gradient != nullptr)
-            run = load_run<float>(gradient, place);
-        const float4 *halves = reinterpret_cast<const float4 *>(run.value);
-        waiting[pass][0][threadIdx.x] = halves[0];
-        waiting[pass][1][threadIdx.x] = halves[1];
-        return run;
-    };
-    const auto take = [&](int pass) {
-        const float4 a = waiting[pass][0][threadIdx.x], b = waiting[pass][1][threadIdx.x];
-        return Run<float>{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-    };
+    const Tile<THREADS> tile(shard, region, blockIdx.x / tiles_across * TILE_ROWS,
+                             blockIdx.x % tiles_across * TILE_COLS);
+    Sight sight;
+#pragma unroll
+    for (u32 pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+        for (u32 i = 0; i < STEPS; ++i) {
+            Place place = tile.place(pass, i);
+            place.at = (tile.row + tile.row_of(pass, i)) * stride + tile.col + tile.col_of(i);
+            Run<4> run{};
+            if (gradient != nullptr)
+                run = load_run<4>(gradient, place);
+            const Values g = values_of(run);
+            const float4 *halves = reinterpret_cast<const float4 *>(g.value);
+            waiting[pass * STEPS + i][0][threadIdx.x] = halves[0];
+            waiting[pass * STEPS + i][1][threadIdx.x] = halves[1];
+            sight.add(g.value, scalars.grad_scale);
+        }
     TilePartial *partial = partials != nullptr ? partials + blockIdx.x : nullptr;
-    apply_rule(arrays, shard, region, tile, scalars, sums, partial, look, take);
+    if (judge<THREADS>(sight, sums, partial))
+        return;
+    rewrite<1>(
+        arrays, tile, scalars, PASSES, [](u32) { return false; },
+        [&](u32 pass, u32 i) {
+            const float4 a = waiting[pass * STEPS + i][0][threadIdx.x],
+                         b = waiting[pass * STEPS + i][1][threadIdx.x];
+            return Values{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+        });
 }

@@ -10,33 +10,6 @@
 
 namespace forge {
 
-// --- conversions of a pair of neighbouring elements ---
-
-FORGE_DEVICE float2 widen_bf16x2(u32 pair) {
-    return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xFFFF0000u));
-}
-FORGE_DEVICE u32 narrow_bf16x2(float x, float y) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
-    return pair;
-}
-// Adds to `value` one of the two 16-bit halves of `halves`: byte 0 of `which` selects the lower
-// one, byte 1 the upper one. One instruction.
-FORGE_DEVICE u32 add_half(u32 value, u32 halves, u32 which) {
-    u32 sum;
-    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(halves), "r"(which), "r"(value));
-    return sum;
-}
-// Adds 16 random bits below each bf16 and cuts; 0 for `one` in place of 1 only cuts.
-FORGE_DEVICE u32 narrow_bf16x2_stochastic(float x, float y, u32 draws, u32 one) {
-    return __byte_perm(add_half(float_to_bits(x), draws, one),
-                       add_half(float_to_bits(y), draws, one << 8), 0x7632);
-}
-// Adding bits must not turn the largest finite numbers into infinities, nor a NaN into a zero: 0
-// where one of some values is that large or not finite, else 1. `magnitudes`: their sum, which is
-// no smaller than the largest.
-FORGE_DEVICE u32 roundable(float magnitudes) { return magnitudes <= 3.3e38f ? 1u : 0u; }
-
 struct Q8Row {
     float decode;  // of the stored codes: q8_decode_factor
     float largest; // of the new values: |m|, or sqrt(v)
@@ -112,7 +85,7 @@ struct ChunkUpdate {
         if constexpr (WEIGHT == WeightFormat::F32) {
             return shared_load_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_WEIGHT));
         } else if constexpr (WEIGHT == WeightFormat::Bf16) {
-            return widen_bf16x2(packed.arrays[A_WEIGHT][j % MATRICES]);
+            return formats::widen_bf16x2(packed.arrays[A_WEIGHT][j % MATRICES]);
         } else if constexpr (WEIGHT == WeightFormat::Bf16F32) {
             return shared_load_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_EXTRA));
         } else {
@@ -129,7 +102,7 @@ struct ChunkUpdate {
             shared_store_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_WEIGHT), w);
         } else if constexpr (WEIGHT == WeightFormat::Bf16) {
             packed.arrays[A_WEIGHT][j % MATRICES] =
-                FORGE_WEIGHT_STOCHASTIC ? narrow_bf16x2_stochastic(w.x, w.y, draws, one)
+                FORGE_WEIGHT_STOCHASTIC ? formats::narrow_bf16x2_stochastic(w.x, w.y, draws, one)
                                         : narrow_bf16x2(w.x, w.y);
         } else if constexpr (WEIGHT == WeightFormat::Bf16F32) {
             shared_store_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_EXTRA), w);
@@ -146,7 +119,7 @@ struct ChunkUpdate {
         if constexpr (STATE[S] == StateFormat::F32) {
             return shared_load_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_STATE0 + S));
         } else if constexpr (STATE[S] == StateFormat::Bf16) {
-            return widen_bf16x2(packed.arrays[A_STATE0 + S][j % MATRICES]);
+            return formats::widen_bf16x2(packed.arrays[A_STATE0 + S][j % MATRICES]);
         } else {
             const u32 codes =
                 shared_load_u16(pair_at<1>(slot + first1, j) + array_offset(A_STATE0 + S));
@@ -163,7 +136,7 @@ struct ChunkUpdate {
             shared_store_f32x2(pair_at<4>(slot + first4, j) + array_offset(A_STATE0 + S), s);
         } else if constexpr (STATE[S] == StateFormat::Bf16) {
             packed.arrays[A_STATE0 + S][j % MATRICES] =
-                FORGE_STATE_STOCHASTIC ? narrow_bf16x2_stochastic(s.x, s.y, draws, one)
+                FORGE_STATE_STOCHASTIC ? formats::narrow_bf16x2_stochastic(s.x, s.y, draws, one)
                                        : narrow_bf16x2(s.x, s.y);
         }
     }
@@ -284,11 +257,11 @@ struct ChunkUpdate {
                     if (WEIGHT == WeightFormat::Bf16 && FORGE_WEIGHT_STOCHASTIC)
                         magnitudes = (magnitudes + fabsf(w[p].x)) + fabsf(w[p].y);
                 }
-                const u32 one = roundable(magnitudes);
+                const u32 one = formats::roundable(magnitudes) ? 1u : 0u;
                 u32 state_one[3];
 #pragma unroll
                 for (int i = 0; i < 3; ++i)
-                    state_one[i] = roundable(state_magnitudes[i]);
+                    state_one[i] = formats::roundable(state_magnitudes[i]) ? 1u : 0u;
 #pragma unroll
                 for (int p = begin; p < begin + TOGETHER; ++p) {
                     const int j = 4 * group + p;

@@ -31,6 +31,20 @@ FORGE_DEVICE u32 narrow_bf16(float value, u32 draw) {
     return (magnitude >= INFINITY_BITS ? special : finite) | ((bits >> 16) & 0x8000u);
 }
 
+// Pairs of neighbours, the first in the lower half.
+FORGE_DEVICE float2 widen_bf16x2(u32 pair) {
+    return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xFFFF0000u));
+}
+// Adds 16 random bits below each bf16 and cuts; 0 for `one` in place of 1 only cuts.
+FORGE_DEVICE u32 narrow_bf16x2_stochastic(float x, float y, u32 draws, u32 one) {
+    return __byte_perm(add_half(float_to_bits(x), draws, one),
+                       add_half(float_to_bits(y), draws, one << 8), 0x7632);
+}
+// Adding bits must not turn the largest finite numbers into infinities, nor a NaN into a zero: so
+// not where one of some values is that large or not finite. `magnitudes`: their sum, which is no
+// smaller than the largest.
+FORGE_DEVICE bool roundable(float magnitudes) { return magnitudes <= 3.3e38f; }
+
 // The fp32 of a bf16 and the 16 bits below it, and back: together all 32 bits. The bf16 is the fp32
 // rounded to nearest, ties away from zero.
 FORGE_DEVICE float join_halves(u32 upper_lower) {
@@ -42,6 +56,10 @@ FORGE_DEVICE u32 upper_half(float value) {
     return ((bits >> 16) + ((bits >> 15) & 1u)) & 0xFFFFu;
 }
 FORGE_DEVICE u32 lower_half(float value) { return float_to_bits(value) & 0xFFFFu; }
+// Of two fp32's bits.
+FORGE_DEVICE u32 upper_halves(u32 x, u32 y) {
+    return __byte_perm(x + 0x8000u, y + 0x8000u, 0x7632);
+}
 
 // --- factors: 0 fp32, 1 bf16, 2 fp16 ---
 

@@ -31,6 +31,20 @@ FORGE_DEVICE u32 narrow_f16(float value) {
     return bits;
 }
 
+// Two fp32 to bf16, to nearest, ties to even: the first to the lower half.
+FORGE_DEVICE u32 narrow_bf16x2(float x, float y) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+// Adds to `value` one of the two 16-bit halves of `halves`: byte 0 of `which` selects the lower
+// one, byte 1 the upper one. One instruction.
+FORGE_DEVICE u32 add_half(u32 value, u32 halves, u32 which) {
+    u32 sum;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(halves), "r"(which), "r"(value));
+    return sum;
+}
+
 FORGE_DEVICE u32 shared_address(const void *pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }

@@ -65,12 +65,16 @@ FORGE_DEVICE Draws stream_draws(Stream stream, Draws d, bool second) {
 }
 FORGE_DEVICE u32 own_calls(Stream stream) { return stream == Stream::State2 ? 3u << 24 : 0u; }
 
+// Of 64 elements: what the call of lane q of 0..3 gives. `calls`: whose (`own_calls`).
+FORGE_DEVICE Draws call_words(const StepScalars &s, u32 calls, u64 both_blocks, u32 q) {
+    const u64 call = both_blocks * 4 + q;
+    const u32 high = (static_cast<u32>(call >> 32) & 0x00FFFFFFu) | calls;
+    return philox4x32_7(static_cast<u32>(call), high, s.step, s.seed_high, round_keys(s));
+}
+
 // Of a block of 32 elements: the draws of lane q of 0..3.
 FORGE_DEVICE Draws block_draws(const StepScalars &s, Stream stream, u64 block, u32 q) {
-    const u64 call = block / 2 * 4 + q;
-    const u32 high = (static_cast<u32>(call >> 32) & 0x00FFFFFFu) | own_calls(stream);
-    const Draws d = philox4x32_7(static_cast<u32>(call), high, s.step, s.seed_high, round_keys(s));
-    return stream_draws(stream, d, block % 2 != 0);
+    return stream_draws(stream, call_words(s, own_calls(stream), block / 2, q), block % 2 != 0);
 }
 
 // The 16 bits of one element, at the price of a call each: for elements that share no block.

@@ -4,21 +4,9 @@
 #include "epilogue.cuh"
 #include "launch.cuh"
 #include "report.cuh"
+#include "squares.cuh"
 
 namespace forge {
-
-// Σ value², or with SCALED Σ (SQUARE_SCALE · value)². Not finite if a value is not, or if squares
-// overflow, which scaled ones cannot.
-constexpr float SQUARE_SCALE = 8.4703295e-22f; // 2^-70
-template <bool SCALED, int N> FORGE_DEVICE float sum_of_squares(const float (&values)[N]) {
-    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const float x = SCALED ? __fmul_rn(values[i], SQUARE_SCALE) : values[i];
-        sums[i % 4] = __fmaf_rn(x, x, sums[i % 4]);
-    }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
 
 // What a consumer's lane knows of its tiles.
 struct LaneTally {

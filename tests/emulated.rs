@@ -21,7 +21,7 @@ use forge::backend::cuda::driver::DevicePtr;
 use forge::backend::cuda::parameters::{
     KernelArrays, KernelReport, KernelScalars, KernelShard, KernelStep, Region,
 };
-use forge::backend::cuda::sm80::{Call, Limits, MOST_SEGMENTS, Mode, THREADS};
+use forge::backend::cuda::sm80::{Call, Limits, MOST_SEGMENTS, Mode};
 use forge::backend::cuda::sources::Source;
 use forge::backend::cuda::{exact, sources, specialise};
 use forge::backend::{Backend, Factors, Image, Matrix, Scheme, Step, Stream};
@@ -236,7 +236,7 @@ fn exact_products_are_a_loop_of_fma() {
             let blocks = rows.div_ceil(128) * cols.div_ceil(128);
             // SAFETY: the kernel's parameter.
             unsafe {
-                let size = (blocks as u64, THREADS, 0);
+                let size = (blocks as u64, 256, 0);
                 kernel.launch("forge_exact", size, &mut parameters!(params), order);
             }
             out.check();
@@ -269,7 +269,7 @@ fn images_are_the_cpus() {
         let (mut arrays, mut of) = (KernelArrays::from(&arrays), KernelShard::from(&shard));
         let (mut index, mut data) = (k as u32, image.address());
         let warps = shard.rows * shard.cols.div_ceil(128);
-        let size = (warps.div_ceil(8) as u64, THREADS, 0);
+        let size = (warps.div_ceil(8) as u64, 256, 0);
         let before = memory.states[k].bytes().to_vec();
         let mut list = parameters!(arrays, of, index, data);
         // SAFETY: the kernels' parameters, as the backend passes them.

@@ -4,7 +4,7 @@ use crate::common::{Random, scalars};
 use crate::kernel::{Kernel, Order, parameters};
 use crate::memory::{Factor, Guarded, Memory, Segment};
 use forge::backend::cpu::Cpu;
-use forge::backend::cuda::elementwise::{Gradient, is_vector};
+use forge::backend::cuda::elementwise::{self, Gradient, is_vector};
 use forge::backend::cuda::parameters::{KernelArrays, KernelShard, KernelStep, Region};
 use forge::backend::cuda::sm80::{Call, Launch, Mode, THREADS};
 use forge::backend::cuda::sources;
@@ -151,7 +151,7 @@ pub fn elementwise(
     let mut partials = Guarded::new(16 * region.tiles() as usize);
     let (mut arrays, mut shard) = (KernelArrays::from(&arrays), KernelShard::from(shard));
     let (mut step, mut at) = (step, partials.address());
-    let size = (region.tiles(), THREADS, 0);
+    let size = (region.tiles(), elementwise::THREADS, 0);
     let mut list = parameters!(arrays, shard, region, data, stride, step, at);
     let kernel = kernel_of(scheme, launch);
     // SAFETY: the kernel's parameters, as the backend passes them.
@@ -285,7 +285,12 @@ impl Check {
         let mut two_phase = before.clone();
         let theirs = elementwise(scheme, &launch, &shard, &mut two_phase, &gradient, step);
         after.assert_same_bits(&two_phase, &format!("{self}: fused and two-phase"));
-        assert_eq!(bits(&told), bits(&theirs), "{self}: partials, fused and two-phase");
+        for (ours, theirs) in told.iter().zip(&theirs) {
+            // Squares are summed in another order, eight or more of them in fp32.
+            let error = (ours.sum_of_squares - theirs.sum_of_squares).abs();
+            let near = error <= 1e-6 * theirs.sum_of_squares || ours.nonfinite > 0;
+            assert!(near && ours.nonfinite == theirs.nonfinite, "{self}: {ours:?}, {theirs:?}");
+        }
 
         let norm = Call::plain(scheme, &shard, &factors, accumulator, Mode::Norm, at);
         let launch = norm.plan_with(self.tile_rows).unwrap();

@@ -261,6 +261,10 @@ template <class T> T __shfl_down_sync(unsigned, T value, unsigned by) {
     const unsigned from = emulated::lane() + by;
     return emulated::show(value)[from < 32 ? from : emulated::lane()];
 }
+inline int __any_sync(unsigned, int value) {
+    const int *all = emulated::show(value);
+    return std::any_of(all, all + 32, [](int one) { return one != 0; });
+}
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
     const unsigned *all = emulated::show(value);
     unsigned sum = 0;

@@ -31,6 +31,19 @@ FORGE_DEVICE u32 narrow_f16(float value) {
     return sign | (static_cast<u32>(units) + (static_cast<u32>(exponent + 14) << 10));
 }
 
+// To nearest, ties to even; a NaN is the instruction's own.
+FORGE_DEVICE u32 nearest_bf16(float value) {
+    const u32 bits = float_to_bits(value);
+    return value != value ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+}
+FORGE_DEVICE u32 narrow_bf16x2(float x, float y) {
+    return nearest_bf16(x) | nearest_bf16(y) << 16;
+}
+// Dot product of two 16-bit halves with the lower two bytes.
+FORGE_DEVICE u32 add_half(u32 value, u32 halves, u32 which) {
+    return value + (halves & 0xFFFFu) * (which & 0xFFu) + (halves >> 16) * (which >> 8 & 0xFFu);
+}
+
 FORGE_DEVICE u32 shared_address(const void *pointer) {
     return static_cast<u32>(static_cast<const unsigned char *>(pointer) - ::shared);
 }

@@ -8,7 +8,8 @@ use super::{grid, sources, specialise};
 use crate::error::Result;
 use crate::format::{StateFormat, WeightFormat};
 
-const THREADS: u32 = 256;
+/// Threads of a block.
+pub const THREADS: u32 = 256;
 
 /// A gradient in memory: first element of the region, and elements between rows. Address 0: zeros.
 #[derive(Clone, Copy, Debug)]

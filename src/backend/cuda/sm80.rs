@@ -16,12 +16,11 @@ pub use super::sm90::Mode;
 /// Segments that one launch takes: `forge::MOST_SEGMENTS`.
 pub const MOST_SEGMENTS: usize = 32;
 /// Threads of a block.
-pub const THREADS: u32 = 256;
+pub const THREADS: u32 = 128;
 /// Tokens of a segment: 31 bits in the kernel.
 const MOST_TOKENS: usize = i32::MAX as usize;
-/// Tokens of a stage, and stages.
+/// Tokens of a stage.
 const DEPTH: u32 = 32;
-const STAGES: u32 = 3;
 
 /// `forge::FactorPair`.
 #[repr(C)]
@@ -135,7 +134,8 @@ impl Limits {
 /// Bytes of dynamic shared memory: `forge::SHARED_BYTES`.
 pub fn shared_bytes(tile_rows: u32) -> u32 {
     let cols = TILE_COLS as u32;
-    let factors = STAGES * DEPTH * (tile_rows + cols) * 2;
+    let stages = if tile_rows == 128 { 4 } else { 3 };
+    let factors = stages * DEPTH * (tile_rows + cols) * 2;
     let tile = tile_rows * (cols + 8) * 4;
     factors.max(tile)
 }
