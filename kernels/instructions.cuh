@@ -19,6 +19,13 @@ FORGE_DEVICE float fast_reciprocal(float x) {
     return y;
 }
 
+// x · by + from, cut to 0..1; denormals count as zeros, and NaN gives 0.
+FORGE_DEVICE float saturated(float x, float by, float from = 0.0f) {
+    float y;
+    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(x), "f"(by), "f"(from));
+    return y;
+}
+
 // fp16.
 FORGE_DEVICE float widen_f16(u32 bits) {
     float value;

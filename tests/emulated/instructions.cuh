@@ -13,6 +13,12 @@ FORGE_DEVICE float fast_reciprocal(float x) {
     return without_denormals(1.0f / without_denormals(x));
 }
 
+FORGE_DEVICE float saturated(float x, float by, float from = 0.0f) {
+    const float sum =
+        std::fmaf(without_denormals(x), without_denormals(by), without_denormals(from));
+    return sum > 0.0f ? min(without_denormals(sum), 1.0f) : 0.0f;
+}
+
 FORGE_DEVICE float widen_f16(u32 bits) {
     const u32 sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, fraction = bits & 0x3FFu;
     if (exponent == 0)
