@@ -29,7 +29,7 @@ FORGE_DEVICE double sum_of(const TilePartial *partials, u64 count, u64 &nonfinit
 }
 
 // The reports of a grouped launch; backend::cuda::reduce fills it.
-constexpr u32 MOST_REPORTS = 160;
+constexpr u32 MOST_REPORTS = 1024;
 struct ReportOf {
     const TilePartial *partials;
     u64 count;
@@ -38,7 +38,7 @@ struct ReportOf {
 struct Reports {
     ReportOf of[MOST_REPORTS];
 };
-static_assert(sizeof(Reports) <= 4096, "what every driver takes by value");
+static_assert(sizeof(Reports) <= 32764, "what drivers take by value since CUDA 12.1");
 
 } // namespace forge
 

@@ -61,20 +61,22 @@ struct Problem {
 
 #if FORGE_GROUP
 // Many weights, too small to fill a GPU one by one; backend::cuda::group fills it. The scalars are
-// those of all, but for the id in the key. 4096 bytes: what every driver takes by value.
+// those of all, but for the id in the key. As many bytes as drivers take by value since CUDA 12.1.
 struct Params {
     StepScalars step;
     u32 n_problems;
     // Problems, then all their segments, so that either may be many.
-    u64 pool[(4096 - sizeof(StepScalars) - sizeof(u32)) / sizeof(u64)];
+    u64 pool[(32760 - sizeof(StepScalars) - sizeof(u32)) / sizeof(u64)];
 
     // Whose block this is. First blocks ascend.
     FORGE_DEVICE const Problem &problem() const {
         const Problem *at = reinterpret_cast<const Problem *>(pool);
-        u32 index = 0;
-        while (index + 1 < n_problems && at[index + 1].first_block <= blockIdx.x)
-            ++index;
-        return at[index];
+        u32 first = 0, end = n_problems;
+        while (end - first > 1) {
+            const u32 middle = (first + end) / 2;
+            (at[middle].first_block <= blockIdx.x ? first : end) = middle;
+        }
+        return at[first];
     }
     FORGE_DEVICE static u32 block_of(const Problem &problem) {
         return blockIdx.x - problem.first_block;
@@ -89,7 +91,7 @@ struct Params {
         return out;
     }
 };
-static_assert(sizeof(Params) == 4096 && sizeof(Problem) == 128, "backend::cuda::group's");
+static_assert(sizeof(Params) == 32760 && sizeof(Problem) == 128, "backend::cuda::group's");
 #else
 constexpr u32 MOST_SEGMENTS = 32;
 

@@ -172,8 +172,7 @@ fn fused_sm80(tile_rows: u32, all: bool) -> Vec<(Scheme, sm80::Specialisation)> 
         let group = false;
         let fused = sm80::Specialisation { mode, tile_rows: rows, accumulator, vector, group };
         out.push((scheme, fused));
-        // Groups are of small weights, and small tiles.
-        if mode == Mode::Update && rows == 64 {
+        if mode == Mode::Update {
             out.push((scheme, sm80::Specialisation { group: true, ..fused }));
         }
     };

@@ -14,8 +14,9 @@ use super::{grid, sources, specialise};
 use crate::error::Result;
 use crate::rule::user::UserRule;
 
-/// Problems and segments share them; with the rest [`Params`] is 4096 bytes, which every driver takes.
-const POOL_WORDS: usize = 501;
+/// Problems and segments share them; with the rest [`Params`] is 32760 bytes, of the 32764 that a driver
+/// takes since CUDA 12.1.
+const POOL_WORDS: usize = 4084;
 const PROBLEM_WORDS: usize = size_of::<Problem>() / 8;
 const SEGMENT_WORDS: usize = size_of::<FactorPair>() / 8;
 
@@ -28,7 +29,12 @@ pub struct Params {
     pool: [u64; POOL_WORDS],
 }
 
-const _: () = assert!(size_of::<Params>() == 4096 && size_of::<Problem>() == 128);
+// The reports of a launch fit one, too.
+const _: () = assert!(POOL_WORDS / (PROBLEM_WORDS + SEGMENT_WORDS) <= MOST_REPORTS);
+const _: () = assert!(size_of::<Params>() == 32760 && size_of::<Problem>() == 128);
+
+/// Rows of a tile, while weights are put together.
+const SMALL_ROWS: u32 = 64;
 
 /// Whether a shard is too small to fill a GPU alone: its tiles are fewer than the blocks that run at once,
 /// two on a multiprocessor; for the larger tiles of 9.0's own kernel, half of that.
@@ -152,6 +158,18 @@ struct Bucket<'a> {
     launches: Vec<(usize, Launch)>,
 }
 
+impl Bucket<'_> {
+    /// Cuts all weights into the tiles that suit as many as they are; small ones together are as good as a
+    /// large one.
+    fn cut(mut self, limits: &Limits) -> Self {
+        let tiles = self.launches.iter().map(|(_, l)| sm80::tall_tiles(&l.whole)).sum();
+        let rows = sm80::rows_for(tiles, limits);
+        let cut = |(index, launch): (usize, Launch)| (index, launch.cut(rows));
+        self.launches = self.launches.into_iter().map(cut).collect();
+        self
+    }
+}
+
 /// An entry's launch, where it is one for a group.
 fn plan(gpu: &Gpu, mainloop: Mainloop, entry: &GroupEntry) -> Option<Launch> {
     let limits = Limits::of(gpu);
@@ -169,7 +187,7 @@ fn plan(gpu: &Gpu, mainloop: Mainloop, entry: &GroupEntry) -> Option<Launch> {
         step: KernelStep::from(step),
         partials: 0,
     };
-    call.plan(&limits)
+    call.plan_with(SMALL_ROWS).filter(|l| l.shared_bytes <= limits.shared_memory_per_block)
 }
 
 fn buckets<'a>(
@@ -178,6 +196,7 @@ fn buckets<'a>(
     mainloop: impl Fn(&GroupEntry) -> Mainloop,
 ) -> Vec<Bucket<'a>> {
     let mut buckets: Vec<Bucket> = Vec::new();
+    let limits = Limits::of(gpu);
     for (index, entry) in entries.iter().enumerate() {
         let Some(launch) = plan(gpu, mainloop(entry), entry) else { continue };
         let defines = specialise::update(entry.scheme);
@@ -193,7 +212,7 @@ fn buckets<'a>(
             buckets.push(Bucket { scheme: entry.scheme, defines, like, launches });
         }
     }
-    buckets
+    buckets.into_iter().map(|bucket| bucket.cut(&limits)).collect()
 }
 
 /// Reports that are due: their partials are kept until they have been made.
@@ -260,12 +279,13 @@ pub unsafe fn enqueue(
             rest = later;
             // SAFETY: as promised by the caller.
             unsafe {
-                if due.is_full_for(group.blocks.into(), n) {
+                let tiles = now.iter().map(|(_, launch)| launch.whole.tiles()).sum();
+                if due.is_full_for(tiles, n) {
                     due.make(gpu)?;
                 }
                 for (problem, (index, launch)) in group.problems.iter_mut().zip(now) {
                     let target = entries[*index].device_report as DevicePtr;
-                    problem.partials = due.add(launch.blocks, target);
+                    problem.partials = due.add(launch.whole.tiles(), target);
                     taken[*index] = true;
                 }
                 group.run(gpu, bucket.scheme, stream)?;
@@ -286,11 +306,7 @@ mod tests {
         let small = |rows, cols, mainloop| {
             let shard =
                 Shard { rows, cols, row_offset: 0, col_offset: 0, global_cols: cols as u64 };
-            // 8.0 cuts such a weight into the small tiles that the grouped kernel is compiled for.
-            let limits = Limits { sm_count: 132, shared_memory_per_block: 227 << 10 };
-            let small = is_small(&shard, limits.sm_count, mainloop);
-            assert!(!small || sm80::tile_rows(&shard, &limits) == 64);
-            small
+            is_small(&shard, 132, mainloop)
         };
         assert!(small(512, 512, Mainloop::Sm80) && small(512, 512, Mainloop::Sm90));
         // 256 tiles.

@@ -23,6 +23,11 @@ pub struct Target {
 }
 
 impl Target {
+    fn limits(&self) -> sm80::Limits {
+        let Self { sm_count, shared_memory_per_block, .. } = *self;
+        sm80::Limits { sm_count, shared_memory_per_block }
+    }
+
     /// As most GPUs of a compute capability are.
     pub fn typical(capability: (i32, i32)) -> Self {
         // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; A100, RTX 3090,
@@ -197,10 +202,7 @@ fn fused_sm90(list: &mut List, target: &Target, work: &Work) {
 /// The fused kernel of the other capabilities: updates, accumulation and norms.
 fn fused_sm80(list: &mut List, target: &Target, work: &Work) {
     let scheme = &work.scheme;
-    let limits = sm80::Limits {
-        sm_count: target.sm_count,
-        shared_memory_per_block: target.shared_memory_per_block,
-    };
+    let limits = target.limits();
     let mut tiles: Vec<(u32, bool)> = work
         .shards
         .iter()
@@ -240,18 +242,17 @@ fn grouped(list: &mut List, target: &Target, work: &Work, mainloop: Mainloop) {
     if work.shards.is_empty() {
         runs = vec![true, false];
     }
+    let limits = target.limits();
+    // Few of them, or many.
+    let mut heights = [0, u64::MAX].map(|tiles| sm80::rows_for(tiles, &limits)).to_vec();
+    heights.dedup();
     for (mode, accumulator, name) in FUSED.into_iter().filter(|(m, ..)| *m == Mode::Update) {
-        for vector in &runs {
-            let special = sm80::Specialisation {
-                mode,
-                tile_rows: 64,
-                accumulator,
-                vector: *vector,
-                group: true,
-            };
-            let ragged = if *vector { "" } else { " (ragged rows)" };
-            let what =
-                format!("grouped {name}, tiles of 64×128{ragged}, {}", specialise::name(scheme));
+        for (vector, tile_rows) in runs.iter().flat_map(|v| heights.iter().map(move |h| (*v, *h))) {
+            let special =
+                sm80::Specialisation { mode, tile_rows, accumulator, vector, group: true };
+            let ragged = if vector { "" } else { " (ragged rows)" };
+            let name_of = specialise::name(scheme);
+            let what = format!("grouped {name}, tiles of {tile_rows}×128{ragged}, {name_of}");
             list.add(Need::new(sources::WGRAD_SM80, special.defines(scheme), what));
         }
     }

@@ -38,7 +38,7 @@ pub unsafe fn report(
 }
 
 /// Reports that one launch takes: `forge::MOST_REPORTS`.
-pub const MOST_REPORTS: usize = 160;
+pub const MOST_REPORTS: usize = 1024;
 
 /// `forge::ReportOf`: partials, and where their report goes.
 #[repr(C)]
@@ -57,7 +57,7 @@ pub struct ReportOf {
 #[derive(Clone, Copy, Debug)]
 pub struct Reports([ReportOf; MOST_REPORTS]);
 
-const _: () = assert!(size_of::<Reports>() <= 4096);
+const _: () = assert!(size_of::<Reports>() <= 32764);
 
 impl Reports {
     /// At most [`MOST_REPORTS`].

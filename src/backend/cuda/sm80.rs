@@ -143,9 +143,18 @@ pub fn shared_bytes(tile_rows: u32) -> u32 {
 /// Rows of a tile. 128 where two blocks have room on a multiprocessor, whose shared memory is 1 KiB more
 /// than a block can have, and 1 KiB for each block is reserved; and where all blocks have something to do.
 pub fn tile_rows(shard: &Shard, limits: &Limits) -> u32 {
+    rows_for(tall_tiles(&Region::whole(shard)), limits)
+}
+
+/// Tiles of 128 rows in a region.
+pub fn tall_tiles(region: &Region) -> u64 {
+    region.rows.div_ceil(128) * region.cols.div_ceil(TILE_COLS)
+}
+
+/// Rows of a tile for a launch that has so many of 128.
+pub fn rows_for(tall_tiles: u64, limits: &Limits) -> u32 {
     let room = 2 * (shared_bytes(128) + 1024) <= limits.shared_memory_per_block + 1024;
-    let tiles = shard.rows.div_ceil(128) as u64 * (shard.cols as u64).div_ceil(TILE_COLS);
-    if room && tiles >= u64::from(2 * limits.sm_count) { 128 } else { 64 }
+    if room && tall_tiles >= u64::from(2 * limits.sm_count) { 128 } else { 64 }
 }
 
 /// One call of the kernel.
@@ -179,6 +188,21 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The kernel's only parameter.
     pub params: Params,
+    /// All of the shard.
+    pub whole: Region,
+}
+
+impl Launch {
+    /// The same work in tiles of this many rows.
+    pub fn cut(mut self, tile_rows: u32) -> Self {
+        let down = self.whole.rows.div_ceil(tile_rows.into());
+        self.specialisation.tile_rows = tile_rows;
+        self.blocks = down * self.whole.cols.div_ceil(TILE_COLS);
+        self.shared_bytes = shared_bytes(tile_rows);
+        // About square: what the multiprocessors work on at a time reads few rows and columns.
+        self.params.problem.group = down.min(16) as u16;
+        self
+    }
 }
 
 /// Whether a factor can be copied in units of 16 bytes.
@@ -228,29 +252,25 @@ impl<'a> Call<'a> {
         let possible = self.scheme.factor_dtype != Dtype::F32
             && n_segments > 0
             && whole.tiles() <= MOST_PARTIALS;
-        let down = whole.rows.div_ceil(tile_rows.into());
-        possible.then(|| Launch {
+        let problem = Problem {
+            arrays: KernelArrays::from(self.arrays.unwrap_or(&Arrays::NONE)),
+            shard: KernelShard::from(self.shard),
+            accumulator: self.accumulator.map_or(0, |a| a.get() as DevicePtr),
+            partials: self.partials,
+            group: 0,
+            n_segments: n_segments as u16,
+            first_block: 0,
+            first_segment: 0,
+            parameter: self.scheme.parameter_id,
+        };
+        let launch = Launch {
             specialisation: self.specialisation(tile_rows),
-            blocks: down * whole.cols.div_ceil(TILE_COLS),
-            shared_bytes: shared_bytes(tile_rows),
-            params: Params {
-                problem: Problem {
-                    arrays: KernelArrays::from(self.arrays.unwrap_or(&Arrays::NONE)),
-                    shard: KernelShard::from(self.shard),
-                    accumulator: self.accumulator.map_or(0, |a| a.get() as DevicePtr),
-                    partials: self.partials,
-                    // About square: what the multiprocessors work on at a time reads few rows and
-                    // columns.
-                    group: down.min(16) as u16,
-                    n_segments: n_segments as u16,
-                    first_block: 0,
-                    first_segment: 0,
-                    parameter: self.scheme.parameter_id,
-                },
-                step: self.step,
-                segments,
-            },
-        })
+            blocks: 0,
+            shared_bytes: 0,
+            params: Params { problem, step: self.step, segments },
+            whole,
+        };
+        possible.then(|| launch.cut(tile_rows))
     }
 
     fn specialisation(&self, tile_rows: u32) -> Specialisation {
