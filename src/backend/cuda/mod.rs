@@ -7,6 +7,7 @@
 //! - [`panels`] by cuBLASLt: dW in row panels of at most [`workspace::PANEL_BYTES`], each consumed at once;
 //! - panels by [`exact`]: the same for fp32 factors, with sums that a CPU can repeat bit for bit.
 
+pub mod beside;
 pub mod blas;
 pub mod cache;
 pub mod compile;
@@ -24,6 +25,7 @@ pub mod needs;
 pub mod panels;
 pub mod parameters;
 pub mod reduce;
+pub mod side_streams;
 pub mod sm80;
 pub mod sm90;
 pub mod sources;
@@ -117,7 +119,7 @@ impl Cuda {
         workspace: &Workspace,
         stream: Stream,
     ) -> Result<Option<Report>> {
-        let gpu = &self.gpu;
+        let gpu: &Gpu = &self.gpu;
         let GroupEntry { scheme, shard, factors, accumulator, arrays, step, device_report } =
             *entry;
         // SAFETY: as promised by the caller.
@@ -129,7 +131,7 @@ impl Cuda {
                 Mainloop::Sm90 => {
                     let reports = sm90_reports(workspace, out);
                     let taken = sm90::try_update(
-                        gpu,
+                        gpu.into(),
                         scheme,
                         shard,
                         factors,
@@ -225,6 +227,12 @@ impl Squares {
     }
 }
 
+/// The entries that nobody has taken.
+fn left_over<'a>(entries: &[GroupEntry<'a>], taken: &[bool]) -> Vec<GroupEntry<'a>> {
+    let all = entries.iter().zip(taken);
+    all.filter(|(_, taken)| !**taken).map(|(entry, _)| *entry).collect()
+}
+
 /// What the kernel of 9.0 needs to leave a report at `targets`.
 fn sm90_reports(workspace: &Workspace, targets: [DevicePtr; 2]) -> sm90::Reports {
     let (partials, counter) = (workspace.partials, workspace.counters);
@@ -280,7 +288,12 @@ impl Backend for Cuda {
         let base = data as DevicePtr;
         let _entered = self.gpu.device.enter()?;
         // SAFETY: the caller lends this memory; nothing uses it yet.
-        unsafe { driver::zero(Workspace::at(base).counters, Workspace::COUNTERS_BYTES)? };
+        unsafe {
+            driver::zero(Workspace::at(base).counters, Workspace::COUNTERS_BYTES)?;
+            if self.gpu.properties().capability == (9, 0) {
+                self.gpu.side_streams.prepare()?;
+            }
+        }
         self.gpu.workspace.set(base);
         Ok(())
     }
@@ -317,9 +330,11 @@ impl Backend for Cuda {
         // SAFETY: as promised by the caller.
         unsafe {
             let at = workspace.partials;
-            let taken = group::enqueue(&self.gpu, entries, mainloop, at, stream)?;
-            for (entry, _) in entries.iter().zip(taken).filter(|(_, taken)| !taken) {
-                self.update_one(entry, false, &workspace, stream)?;
+            let taken = beside::enqueue(&self.gpu, entries, mainloop, &workspace, stream)?;
+            let rest = left_over(entries, &taken);
+            let taken = group::enqueue(&self.gpu, &rest, mainloop, at, stream)?;
+            for entry in left_over(&rest, &taken) {
+                self.update_one(&entry, false, &workspace, stream)?;
             }
         }
         Ok(vec![None; entries.len()])
