@@ -255,40 +255,6 @@ EXPORT CUresult cuLaunchKernel(const char *function, unsigned x, unsigned y, uns
     return SUCCESS;
 }
 
-/* --- streams and events: handles, no more --- */
-
-EXPORT CUresult cuStreamCreate(void **out, unsigned flags) {
-    (void)flags;
-    *out = malloc(1);
-    return SUCCESS;
-}
-
-EXPORT CUresult cuStreamDestroy_v2(void *stream) {
-    free(stream);
-    return SUCCESS;
-}
-
-EXPORT CUresult cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
-    (void)stream, (void)flags;
-    return event == NULL ? INVALID_VALUE : SUCCESS;
-}
-
-EXPORT CUresult cuEventCreate(void **out, unsigned flags) {
-    (void)flags;
-    *out = malloc(1);
-    return SUCCESS;
-}
-
-EXPORT CUresult cuEventDestroy_v2(void *event) {
-    free(event);
-    return SUCCESS;
-}
-
-EXPORT CUresult cuEventRecord(void *event, void *stream) {
-    (void)stream;
-    return event == NULL ? INVALID_VALUE : SUCCESS;
-}
-
 #ifndef WITHOUT_TENSOR_MAPS
 EXPORT CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *address,
                                        const uint64_t *dims, const uint64_t *strides,

@@ -14,7 +14,7 @@ const OLDEST: i32 = 12010;
 const FIRST: [&str; 4] = ["cuDriverGetVersion", "cuInit", "cuGetErrorName", "cuGetErrorString"];
 
 /// All others that this backend calls, itself or through cudarc's context.
-const OTHERS: [&str; 27] = [
+const OTHERS: [&str; 21] = [
     "cuCtxGetCurrent",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
@@ -26,9 +26,6 @@ const OTHERS: [&str; 27] = [
     "cuDeviceGetName",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
-    "cuEventCreate",
-    "cuEventDestroy_v2",
-    "cuEventRecord",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
     "cuMemcpyDtoHAsync_v2",
@@ -37,10 +34,7 @@ const OTHERS: [&str; 27] = [
     "cuModuleLoadData",
     "cuModuleUnload",
     "cuPointerGetAttribute",
-    "cuStreamCreate",
-    "cuStreamDestroy_v2",
     "cuStreamSynchronize",
-    "cuStreamWaitEvent",
     "cuTensorMapEncodeTiled",
 ];
 

@@ -6,7 +6,6 @@ use super::cache::Cache;
 use super::compile::Nvrtc;
 use super::driver::{Device, Properties, launch};
 use super::module::Modules;
-use super::side_streams::SideStreams;
 use super::sources::Source;
 use super::workspace::Lent;
 use crate::error::Result;
@@ -24,8 +23,6 @@ pub struct Gpu {
     pub blas: Blas,
     /// What the caller lent.
     pub workspace: Lent,
-    /// For launches beside each other.
-    pub side_streams: SideStreams,
 }
 
 /// A kernel to launch: from where, specialised how, with what shape.
@@ -52,9 +49,7 @@ impl Gpu {
         let device = Arc::new(Device::new(ordinal)?);
         let nvrtc = Nvrtc::load(device.properties.driver_version / 1000);
         let modules = Modules::new(device.clone(), nvrtc, Cache::new(cache_dir))?;
-        let side_streams = SideStreams::new(device.clone());
-        let (blas, workspace) = (Blas::default(), Lent::default());
-        Ok(Self { device, modules, blas, workspace, side_streams })
+        Ok(Self { device, modules, blas: Blas::default(), workspace: Lent::default() })
     }
 
     /// What the device is.

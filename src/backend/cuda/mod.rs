@@ -7,7 +7,6 @@
 //! - [`panels`] by cuBLASLt: dW in row panels of at most [`workspace::PANEL_BYTES`], each consumed at once;
 //! - panels by [`exact`]: the same for fp32 factors, with sums that a CPU can repeat bit for bit.
 
-pub mod beside;
 pub mod blas;
 pub mod cache;
 pub mod compile;
@@ -25,7 +24,6 @@ pub mod needs;
 pub mod panels;
 pub mod parameters;
 pub mod reduce;
-pub mod side_streams;
 pub mod sm80;
 pub mod sm90;
 pub mod sources;
@@ -119,7 +117,7 @@ impl Cuda {
         workspace: &Workspace,
         stream: Stream,
     ) -> Result<Option<Report>> {
-        let gpu: &Gpu = &self.gpu;
+        let gpu = &self.gpu;
         let GroupEntry { scheme, shard, factors, accumulator, arrays, step, device_report } =
             *entry;
         // SAFETY: as promised by the caller.
@@ -131,7 +129,7 @@ impl Cuda {
                 Mainloop::Sm90 => {
                     let reports = sm90_reports(workspace, out);
                     let taken = sm90::try_update(
-                        gpu.into(),
+                        gpu,
                         scheme,
                         shard,
                         factors,
@@ -227,12 +225,6 @@ impl Squares {
     }
 }
 
-/// The entries that nobody has taken.
-fn left_over<'a>(entries: &[GroupEntry<'a>], taken: &[bool]) -> Vec<GroupEntry<'a>> {
-    let all = entries.iter().zip(taken);
-    all.filter(|(_, taken)| !**taken).map(|(entry, _)| *entry).collect()
-}
-
 /// What the kernel of 9.0 needs to leave a report at `targets`.
 fn sm90_reports(workspace: &Workspace, targets: [DevicePtr; 2]) -> sm90::Reports {
     let (partials, counter) = (workspace.partials, workspace.counters);
@@ -288,12 +280,7 @@ impl Backend for Cuda {
         let base = data as DevicePtr;
         let _entered = self.gpu.device.enter()?;
         // SAFETY: the caller lends this memory; nothing uses it yet.
-        unsafe {
-            driver::zero(Workspace::at(base).counters, Workspace::COUNTERS_BYTES)?;
-            if self.gpu.properties().capability == (9, 0) {
-                self.gpu.side_streams.prepare()?;
-            }
-        }
+        unsafe { driver::zero(Workspace::at(base).counters, Workspace::COUNTERS_BYTES)? };
         self.gpu.workspace.set(base);
         Ok(())
     }
@@ -330,11 +317,9 @@ impl Backend for Cuda {
         // SAFETY: as promised by the caller.
         unsafe {
             let at = workspace.partials;
-            let taken = beside::enqueue(&self.gpu, entries, mainloop, &workspace, stream)?;
-            let rest = left_over(entries, &taken);
-            let taken = group::enqueue(&self.gpu, &rest, mainloop, at, stream)?;
-            for entry in left_over(&rest, &taken) {
-                self.update_one(&entry, false, &workspace, stream)?;
+            let taken = group::enqueue(&self.gpu, entries, mainloop, at, stream)?;
+            for (entry, _) in entries.iter().zip(taken).filter(|(_, taken)| !taken) {
+                self.update_one(entry, false, &workspace, stream)?;
             }
         }
         Ok(vec![None; entries.len()])

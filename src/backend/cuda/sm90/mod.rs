@@ -156,25 +156,9 @@ impl Specialisation {
     }
 }
 
-/// The GPU, and how many of its multiprocessors a launch may take.
-#[derive(Clone, Copy)]
-pub struct Target<'a> {
-    /// The GPU.
-    pub gpu: &'a Gpu,
-    /// Multiprocessors.
-    pub sm_count: u32,
-}
-
-impl<'a> From<&'a Gpu> for Target<'a> {
-    /// All of them.
-    fn from(gpu: &'a Gpu) -> Self {
-        Self { gpu, sm_count: gpu.properties().sm_count }
-    }
-}
-
 /// One call of the kernel.
 struct Call<'a> {
-    on: Target<'a>,
+    gpu: &'a Gpu,
     scheme: &'a Scheme,
     shard: &'a Shard,
     factors: Vec<Factors>,
@@ -190,7 +174,7 @@ struct Call<'a> {
 /// # Safety
 /// As [`super::super::Backend::update`]; the context is current.
 pub unsafe fn try_update(
-    on: Target,
+    gpu: &Gpu,
     scheme: &Scheme,
     shard: &Shard,
     factors: &[Factors],
@@ -213,7 +197,7 @@ pub unsafe fn try_update(
     }
     streamed[ACCUMULATOR] = accumulator.and_then(|a| at(a.get().cast(), Dtype::F32));
     let call = Call {
-        on,
+        gpu,
         scheme,
         shard,
         factors: with_tokens(factors),
@@ -323,7 +307,7 @@ unsafe fn plain(
     arrays[ACCUMULATOR] =
         accumulator.map(|a| Streamed { data: a.get() as DevicePtr, dtype: Dtype::F32 });
     let call = Call {
-        on: gpu.into(),
+        gpu,
         scheme,
         shard,
         factors: with_tokens(factors),
@@ -362,12 +346,12 @@ impl Call<'_> {
             return Ok(false);
         }
         let Shard { rows, cols, .. } = *self.shard;
-        let properties = self.on.gpu.properties();
+        let properties = self.gpu.properties();
         let tokens = self.tokens();
         let most = properties.shared_memory_per_block;
         let streams = Streams::of(self.scheme, self.mode, self.arrays[ACCUMULATOR].is_some());
         let (height, width) = (rows as u64, cols as u64);
-        let Some(tile) = choose(height, width, tokens, &streams, self.on.sm_count, most) else {
+        let Some(tile) = choose(height, width, tokens, &streams, properties.sm_count, most) else {
             return Ok(false);
         };
         // SAFETY: as promised by the caller.
@@ -405,7 +389,7 @@ impl Call<'_> {
         stream: Stream,
     ) -> Result<()> {
         let Shard { rows, cols, .. } = *self.shard;
-        let sm_count = self.on.sm_count;
+        let sm_count = self.gpu.properties().sm_count;
         let Plan { whole_cols, whole_places, narrow_cols, places } =
             plan(tile, rows as u64, cols as u64, sm_count);
         let scalars = &self.step.value;
@@ -463,7 +447,7 @@ impl Call<'_> {
                 block: 128 * (CONSUMERS + 1),
                 shared_bytes: shared_bytes(tile, streams),
             };
-            self.on.gpu.run(kernel, &mut parameters!(params), stream)
+            self.gpu.run(kernel, &mut parameters!(params), stream)
         }
     }
 }
