@@ -12,7 +12,7 @@ use forge::backend::cuda::compile::{Nvrtc, options};
 use forge::backend::cuda::module::image_key;
 use forge::backend::cuda::sm80;
 use forge::backend::cuda::sm90::policy::choose;
-use forge::backend::cuda::sm90::{MOST_SEGMENTS, Mode, Specialisation, Streams, group};
+use forge::backend::cuda::sm90::{MOST_SEGMENTS, Mode, Specialisation, Streams};
 use forge::backend::cuda::sources::{self, Source};
 use forge::backend::cuda::{Cuda, specialise};
 use forge::error::forge_status;
@@ -223,14 +223,8 @@ fn fused() -> Vec<(Scheme, Specialisation)> {
         let streams = Streams { bytes: bytes as u32, q8 };
         let Some(tile) = choose(28672, 4096, tokens, &streams, H200.0, H200.1) else { return };
         let (whole_draws, device_step, segments) = rest;
-        let weights = 0;
-        let fused =
-            Specialisation { mode, tile, accumulator, whole_draws, device_step, segments, weights };
+        let fused = Specialisation { mode, tile, accumulator, whole_draws, device_step, segments };
         out.push((scheme, fused));
-        // With each format in use.
-        if update && tokens == 2048 {
-            out.push((scheme, group::specialisation(fused, group::room(&scheme, accumulator))));
-        }
     };
     let usual = (true, false, 1);
     // Every format with AdamW and with SGD, the formats in use with the other rules; with AdamW these with

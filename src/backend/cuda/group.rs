@@ -1,6 +1,6 @@
 //! Updates of many small weights in few launches: a weight with fewer tiles than the GPU works on at once
-//! leaves most of it idle, and so does the time between two launches. Weights of one shape share launches of
-//! 9.0's kernel there ([`sm90::group`]); others, and all on other GPUs, those of [`sm80`].
+//! leaves most of it idle, and so does the time between two launches. The kernel is that of [`sm80`] on
+//! every capability, since the persistent one of 9.0 wants many tiles of one weight.
 
 use super::super::{GroupEntry, Scheme, Shard, StepSource, Stream};
 use super::driver::{DevicePtr, parameters};
@@ -9,11 +9,9 @@ use super::mainloop::Mainloop;
 use super::parameters::{KernelScalars, KernelStep, Region};
 use super::reduce::{self, MOST_REPORTS, ReportOf};
 use super::sm80::{self, FactorPair, Launch, Limits, Mode, Problem, Specialisation};
-use super::sm90;
 use super::workspace::MOST_PARTIALS;
 use super::{grid, sources, specialise};
 use crate::error::Result;
-use crate::format::Dtype;
 use crate::rule::user::UserRule;
 
 /// Problems and segments share them; with the rest [`Params`] is 32760 bytes, of the 32764 that a driver
@@ -196,11 +194,10 @@ fn buckets<'a>(
     gpu: &Gpu,
     entries: &[GroupEntry<'a>],
     mainloop: impl Fn(&GroupEntry) -> Mainloop,
-    taken: &[bool],
 ) -> Vec<Bucket<'a>> {
     let mut buckets: Vec<Bucket> = Vec::new();
     let limits = Limits::of(gpu);
-    for (index, entry) in entries.iter().enumerate().filter(|(index, _)| !taken[*index]) {
+    for (index, entry) in entries.iter().enumerate() {
         let Some(launch) = plan(gpu, mainloop(entry), entry) else { continue };
         let defines = specialise::update(entry.scheme);
         let dtype = entry.scheme.factor_dtype;
@@ -238,23 +235,6 @@ impl Due {
         partials
     }
 
-    /// The same for each of some weights, one behind the other; 0 where nobody asked for any.
-    fn add_all(&mut self, each: u64, targets: &[DevicePtr]) -> DevicePtr {
-        if targets.iter().all(|target| *target == 0) {
-            return 0;
-        }
-        let first = self.base + 16 * self.partials;
-        for (target, k) in targets.iter().zip(0..).filter(|(target, _)| **target != 0) {
-            self.reports.push(ReportOf {
-                partials: first + 16 * each * k,
-                count: each,
-                target: *target,
-            });
-        }
-        self.partials += each * targets.len() as u64;
-        first
-    }
-
     /// Whether one more launch of weights with so many tiles may not fit.
     fn is_full_for(&self, tiles: u64, reports: usize) -> bool {
         self.partials + tiles > MOST_PARTIALS || self.reports.len() + reports > MOST_REPORTS
@@ -273,60 +253,6 @@ impl Due {
     }
 }
 
-/// Weights that one launch of the kernel of 9.0 can have.
-struct Alike<'a> {
-    defines: Vec<String>,
-    dtype: Dtype,
-    ones: Vec<(usize, sm90::group::One<'a>)>,
-}
-
-/// What the kernel of 9.0 takes of it: weights of one shape.
-///
-/// # Safety
-/// As [`enqueue`].
-unsafe fn enqueue_sm90(
-    gpu: &Gpu,
-    entries: &[GroupEntry],
-    mainloop: impl Fn(&GroupEntry) -> Mainloop,
-    due: &mut Due,
-) -> Result<Vec<bool>> {
-    let mut taken = vec![false; entries.len()];
-    let mut kinds: Vec<Alike> = Vec::new();
-    for (index, entry) in entries.iter().enumerate() {
-        let small = is_small(entry.shard, gpu.properties().sm_count, Mainloop::Sm90);
-        if !small || mainloop(entry) != Mainloop::Sm90 || !has_scalars(entry.scheme) {
-            continue;
-        }
-        let Some(one) = sm90::group::One::new(gpu, entry) else { continue };
-        let (defines, dtype) = (specialise::update(entry.scheme), entry.scheme.factor_dtype);
-        let like =
-            |k: &&mut Alike| k.dtype == dtype && k.ones[0].1.is_like(&one) && k.defines == defines;
-        match kinds.iter_mut().find(like) {
-            Some(kind) => kind.ones.push((index, one)),
-            None => kinds.push(Alike { defines, dtype, ones: vec![(index, one)] }),
-        }
-    }
-    for Alike { ones, .. } in kinds.iter().filter(|kind| kind.ones.len() > 1) {
-        let launches = ones.len().div_ceil(ones[0].1.room());
-        // About as many in each.
-        for now in ones.chunks(ones.len().div_ceil(launches)) {
-            let targets: Vec<DevicePtr> =
-                now.iter().map(|(index, _)| entries[*index].device_report as DevicePtr).collect();
-            let group: Vec<_> = now.iter().map(|(_, one)| one).collect();
-            // SAFETY: as promised by the caller.
-            let done = unsafe {
-                if due.is_full_for(sm90::group::most_partials(&group), now.len()) {
-                    due.make(gpu)?;
-                }
-                let stream = due.stream;
-                sm90::group::enqueue(&group, |each| due.add_all(each, &targets), stream)?
-            };
-            now.iter().for_each(|(index, _)| taken[*index] = done);
-        }
-    }
-    Ok(taken)
-}
-
 /// Enqueues what several small weights have in common; which entries that were, by index. The others are left
 /// to the caller.
 ///
@@ -339,10 +265,9 @@ pub unsafe fn enqueue(
     partials: DevicePtr,
     stream: Stream,
 ) -> Result<Vec<bool>> {
+    let mut taken = vec![false; entries.len()];
     let mut due = Due { base: partials, partials: 0, reports: Vec::new(), stream };
-    // SAFETY: as promised by the caller.
-    let mut taken = unsafe { enqueue_sm90(gpu, entries, &mainloop, &mut due)? };
-    for bucket in buckets(gpu, entries, mainloop, &taken) {
+    for bucket in buckets(gpu, entries, mainloop) {
         if bucket.launches.len() < 2 {
             continue;
         }

@@ -1,7 +1,6 @@
 //! The fused kernel of compute capability 9.0, `kernels/wgrad_sm90.cu`. Each function says whether it
 //! took the work: `false` leaves it to the panel path.
 
-pub mod group;
 pub mod policy;
 
 use super::super::{Accumulator, Arrays, Factors, Matrix, Scheme, Shard, Stream};
@@ -72,13 +71,6 @@ struct Params<const SEGMENTS: usize> {
     scales: [[TensorMap; 2]; MAX_STATES],
     dy: [TensorMap; SEGMENTS],
     x: [TensorMap; SEGMENTS],
-    rest: Rest<SEGMENTS>,
-}
-
-/// What lies in it behind the maps.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Rest<const SEGMENTS: usize> {
     token_blocks: [u32; SEGMENTS],
     n_segments: u32,
     rows: u32,
@@ -133,8 +125,6 @@ pub struct Specialisation {
     pub device_step: bool,
     /// Segments that there is room for.
     pub segments: usize,
-    /// Weights that there is room for, in a launch of several; else 0.
-    pub weights: usize,
 }
 
 impl Specialisation {
@@ -162,9 +152,6 @@ impl Specialisation {
         define("CHUNK_COLS", self.tile.chunk_cols);
         define("SLOTS", self.tile.slots);
         define("CLUSTER", self.tile.cluster);
-        if self.weights > 0 {
-            define("GROUP", self.weights as u32);
-        }
         out
     }
 }
@@ -200,12 +187,21 @@ pub unsafe fn try_update(
     if !fits(scheme, shard) {
         return Ok(false);
     }
+    let state_formats = &scheme.state_formats[..scheme.n_states];
+    let mut streamed = [None; ARRAYS];
+    let at = |data: *mut u8, dtype| Some(Streamed { data: data as DevicePtr, dtype });
+    streamed[0] = at(arrays.weight, scheme.weight_format.model_dtype());
+    streamed[1] = scheme.weight_format.extra_dtype().and_then(|dtype| at(arrays.extra, dtype));
+    for (k, format) in state_formats.iter().enumerate() {
+        streamed[2 + k] = at(arrays.states[k], format.dtype());
+    }
+    streamed[ACCUMULATOR] = accumulator.and_then(|a| at(a.get().cast(), Dtype::F32));
     let call = Call {
         gpu,
         scheme,
         shard,
         factors: with_tokens(factors),
-        arrays: streamed(scheme, accumulator, arrays),
+        arrays: streamed,
         scales: arrays.scales.map(|s| s as DevicePtr),
         mode: Mode::Update,
         step,
@@ -213,23 +209,6 @@ pub unsafe fn try_update(
     };
     // SAFETY: as promised by the caller.
     unsafe { call.run(stream) }
-}
-
-/// What an update streams.
-fn streamed(
-    scheme: &Scheme,
-    accumulator: Option<Accumulator>,
-    arrays: &Arrays,
-) -> [Option<Streamed>; ARRAYS] {
-    let mut out = [None; ARRAYS];
-    let at = |data: *mut u8, dtype| Some(Streamed { data: data as DevicePtr, dtype });
-    out[0] = at(arrays.weight, scheme.weight_format.model_dtype());
-    out[1] = scheme.weight_format.extra_dtype().and_then(|dtype| at(arrays.extra, dtype));
-    for (k, format) in scheme.state_formats[..scheme.n_states].iter().enumerate() {
-        out[2 + k] = at(arrays.states[k], format.dtype());
-    }
-    out[ACCUMULATOR] = accumulator.and_then(|a| at(a.get().cast(), Dtype::F32));
-    out
 }
 
 /// Rows, columns and tokens: 31 bits in the kernel.
@@ -398,7 +377,6 @@ impl Call<'_> {
             whole_draws: whole_draws(self.shard),
             device_step: self.step.device != 0,
             segments,
-            weights: 0,
         }
     }
 
@@ -412,19 +390,41 @@ impl Call<'_> {
     ) -> Result<()> {
         let Shard { rows, cols, .. } = *self.shard;
         let sm_count = self.gpu.properties().sm_count;
-        let plan = plan(tile, rows as u64, cols as u64, sm_count);
-        let group_m = rows_together(tile, rows as u64, cols as u64, self.tokens(), sm_count);
+        let Plan { whole_cols, whole_places, narrow_cols, places } =
+            plan(tile, rows as u64, cols as u64, sm_count);
+        let scalars = &self.step.value;
         let mut params = Params::<SEGMENTS> {
             arrays: [[EMPTY; 2]; ARRAYS],
             scales: [[EMPTY; 2]; MAX_STATES],
             dy: [EMPTY; SEGMENTS],
             x: [EMPTY; SEGMENTS],
-            rest: self.rest(tile, &plan, rows, group_m),
+            token_blocks: [0; SEGMENTS],
+            n_segments: self.factors.len() as u32,
+            rows: rows as u32,
+            tiles_m: rows.div_ceil(TILE_ROWS as usize) as u32,
+            whole_cols,
+            whole_places,
+            narrow_cols,
+            places,
+            group_m: rows_together(tile, rows as u64, cols as u64, self.tokens(), sm_count),
+            first_index: self.shard.global_index(0, 0),
+            global_cols: self.shard.global_cols,
+            step: self.step,
+            keys: round_keys(scalars.key),
+            reports: self.reports.targets,
+            partials: self.reports.partials,
+            counter: self.reports.counter,
+            method: self.reports.method,
+            draw_high: (first_and_last_call(self.shard).0 >> 32) as u32 & 0x00FF_FFFF,
         };
+        let half = self.scheme.factor_dtype;
         // SAFETY: as promised by the caller: pointers and sizes of the shard and of its factors.
         unsafe {
             for (k, f) in self.factors.iter().enumerate() {
-                (params.dy[k], params.x[k]) = self.factor_maps(f, tile)?;
+                let (dy, x) = (tile.tokens, tile.tokens / tile.cluster);
+                params.dy[k] = factor_map(half, &f.dy, rows, f.tokens, dy)?;
+                params.x[k] = factor_map(half, &f.x, cols, f.tokens, x)?;
+                params.token_blocks[k] = f.tokens.div_ceil(tile.tokens as usize) as u32;
             }
             for (maps, array) in params.arrays.iter_mut().zip(self.arrays) {
                 if let Some(array) = array {
@@ -432,113 +432,23 @@ impl Call<'_> {
                 }
             }
             for (k, maps) in params.scales.iter_mut().enumerate() {
-                if self.is_q8(k) {
+                let q8 = self.arrays[2 + k].is_some_and(|a| a.dtype == Dtype::U8);
+                if q8 {
                     *maps = scale_maps(self.scales[k], rows, cols)?;
                 }
             }
-            let special = self.specialisation(tile, SEGMENTS);
-            self.enqueue(&special, &plan, streams, &mut parameters!(params), stream)
+            let blocks = (sm_count / tile.cluster).min(places) * tile.cluster;
+            let kernel = Kernel {
+                source: sources::WGRAD_SM90,
+                defines: &self.specialisation(tile, SEGMENTS).defines(self.scheme),
+                name: "forge_wgrad_sm90",
+                what: &specialise::name(self.scheme),
+                grid: [blocks, 1, 1],
+                block: 128 * (CONSUMERS + 1),
+                shared_bytes: shared_bytes(tile, streams),
+            };
+            self.gpu.run(kernel, &mut parameters!(params), stream)
         }
-    }
-
-    /// Boxes of 64 features of a segment's factors.
-    ///
-    /// # Safety
-    /// As [`try_update`].
-    unsafe fn factor_maps(&self, f: &Factors, tile: &Tile) -> Result<(TensorMap, TensorMap)> {
-        let (dtype, shard) = (self.scheme.factor_dtype, self.shard);
-        // SAFETY: as promised by the caller.
-        unsafe {
-            let dy = factor_map(dtype, &f.dy, shard.rows, f.tokens, tile.tokens)?;
-            let x = factor_map(dtype, &f.x, shard.cols, f.tokens, tile.tokens / tile.cluster)?;
-            Ok((dy, x))
-        }
-    }
-
-    /// A weight's maps as a group has them: of its arrays, of q8 states' scales, of dY and of X.
-    ///
-    /// # Safety
-    /// As [`try_update`].
-    unsafe fn append_maps(&self, tile: &Tile, to: &mut Vec<TensorMap>) -> Result<()> {
-        let Shard { rows, cols, .. } = *self.shard;
-        // SAFETY: as promised by the caller.
-        unsafe {
-            for array in self.arrays.into_iter().flatten() {
-                to.extend(array_maps(array, rows, cols, tile.chunk_cols)?);
-            }
-            for k in (0..MAX_STATES).filter(|k| self.is_q8(*k)) {
-                to.extend(scale_maps(self.scales[k], rows, cols)?);
-            }
-            for f in &self.factors {
-                let (dy, x) = self.factor_maps(f, tile)?;
-                to.extend([dy, x]);
-            }
-        }
-        Ok(())
-    }
-
-    fn is_q8(&self, state: usize) -> bool {
-        self.arrays[2 + state].is_some_and(|a| a.dtype == Dtype::U8)
-    }
-
-    /// `all_rows`: of all weights of the launch.
-    fn rest<const SEGMENTS: usize>(
-        &self,
-        tile: &Tile,
-        plan: &Plan,
-        all_rows: usize,
-        group_m: u32,
-    ) -> Rest<SEGMENTS> {
-        let mut token_blocks = [0; SEGMENTS];
-        for (to, f) in token_blocks.iter_mut().zip(&self.factors) {
-            *to = f.tokens.div_ceil(tile.tokens as usize) as u32;
-        }
-        Rest {
-            token_blocks,
-            n_segments: self.factors.len() as u32,
-            rows: self.shard.rows as u32,
-            tiles_m: all_rows.div_ceil(TILE_ROWS as usize) as u32,
-            whole_cols: plan.whole_cols,
-            whole_places: plan.whole_places,
-            narrow_cols: plan.narrow_cols,
-            places: plan.places,
-            group_m,
-            first_index: self.shard.global_index(0, 0),
-            global_cols: self.shard.global_cols,
-            step: self.step,
-            keys: round_keys(self.step.value.key),
-            reports: self.reports.targets,
-            partials: self.reports.partials,
-            counter: self.reports.counter,
-            method: self.reports.method,
-            draw_high: (first_and_last_call(self.shard).0 >> 32) as u32 & 0x00FF_FFFF,
-        }
-    }
-
-    /// # Safety
-    /// As [`try_update`]; the parameter is the kernel's of this specialisation.
-    unsafe fn enqueue(
-        &self,
-        special: &Specialisation,
-        plan: &Plan,
-        streams: &Streams,
-        parameters: &mut [*mut std::ffi::c_void],
-        stream: Stream,
-    ) -> Result<()> {
-        let tile = &special.tile;
-        let sm_count = self.gpu.properties().sm_count;
-        let blocks = (sm_count / tile.cluster).min(plan.places) * tile.cluster;
-        let kernel = Kernel {
-            source: sources::WGRAD_SM90,
-            defines: &special.defines(self.scheme),
-            name: "forge_wgrad_sm90",
-            what: &specialise::name(self.scheme),
-            grid: [blocks, 1, 1],
-            block: 128 * (CONSUMERS + 1),
-            shared_bytes: shared_bytes(tile, streams),
-        };
-        // SAFETY: as promised by the caller.
-        unsafe { self.gpu.run(kernel, parameters, stream) }
     }
 }
 
