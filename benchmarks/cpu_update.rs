@@ -74,6 +74,7 @@ impl Case {
             state_formats: [StateFormat::F32; MAX_STATES],
             state_rounding: Rounding::Nearest,
             factor_dtype: Dtype::F32,
+            fp32_products: forge::backend::Fp32Products::Exact,
             parameter_id: 0,
         };
         let shard =

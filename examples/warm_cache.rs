@@ -42,6 +42,7 @@ fn scheme(formats: &str, state_rounding: Rounding) -> Option<Scheme> {
         state_formats: [state_format; 3],
         state_rounding,
         factor_dtype: Dtype::Bf16,
+        fp32_products: forge::backend::Fp32Products::Exact,
         parameter_id: 0,
     })
 }

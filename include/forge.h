@@ -247,6 +247,28 @@ typedef uint32_t forge_rounding;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// How a GPU multiplies fp32 factors for dW. The CPU's products are exact either way.
+enum forge_fp32_products
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // By fp32 fma, with one accumulator for each element and IEEE arithmetic in the rule: the bits of the
+  // CPU backend.
+  FORGE_FP32_EXACT = 0,
+  // By tensor cores, about three times as fast: each factor is split into two bf16, and of their four
+  // products three are summed in fp32. What is left out of a product is at most 3·2⁻¹⁸ of it. Factors of
+  // 3.39e38 and more count as infinite.
+  FORGE_FP32_BF16X3 = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_fp32_products forge_fp32_products;
+#else
+typedef uint32_t forge_fp32_products;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // Which dimension of W the ranks share out.
 enum forge_parallel
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -436,8 +458,8 @@ typedef struct {
   uint32_t rule_flags;
   // Unique among the run's parameters, and the same on every rank: it picks the random numbers.
   uint32_t parameter_id;
-  // 0.
-  uint32_t reserved;
+  // A forge_fp32_products, of fp32 factors; 0 with others.
+  uint32_t fp32_products;
   // A rule's name, copied.
   const char *rule;
 } forge_linear_config;
@@ -897,7 +919,8 @@ forge_status forge_set_log_callback(forge_log_callback callback,
 //
 // Errors: FORGE_ERROR_RULE (no such rule, a flag that it does not take), FORGE_ERROR_ENUM, FORGE_ERROR_SHAPE
 // (features of 0), FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (features that do not divide by the ranks),
-// FORGE_ERROR_UNSUPPORTED (factors of another dtype; sequence parallelism without parallelism).
+// FORGE_ERROR_UNSUPPORTED (factors of another dtype; fp32_products of 16-bit factors; sequence parallelism
+// without parallelism).
 //
 // # Safety
 // `context` and `comm` are live, `config` points to a struct of its `struct_size` whose `rule` is

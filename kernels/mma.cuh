@@ -17,6 +17,12 @@ template <int N> FORGE_DEVICE void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+FORGE_DEVICE float shared_load_f32(u32 at) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
+    return value;
+}
+
 // Four matrices of 8 × 8, transposed; a lane's address is of row lane%8 of matrix lane/8.
 FORGE_DEVICE void load_transposed(u32 at, u32 (&matrices)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -25,12 +31,11 @@ FORGE_DEVICE void load_transposed(u32 at, u32 (&matrices)[4]) {
                  : "memory");
 }
 
-#if FORGE_FACTOR == 1
+// fp32 factors are multiplied as bf16.
+#if FORGE_FACTOR <= 1
 #define FORGE_MMA_TYPES "f32.bf16.bf16.f32"
-#elif FORGE_FACTOR == 2
-#define FORGE_MMA_TYPES "f32.f16.f16.f32"
 #else
-#error "mma multiplies bf16 or fp16 factors"
+#define FORGE_MMA_TYPES "f32.f16.f16.f32"
 #endif
 
 // D[16×8] += A[16×16] · B[16×8].

@@ -24,7 +24,7 @@ use forge::backend::cuda::parameters::{
 use forge::backend::cuda::sm80::{Call, Limits, MOST_SEGMENTS, Mode};
 use forge::backend::cuda::sources::Source;
 use forge::backend::cuda::{exact, sources, specialise};
-use forge::backend::{Backend, Factors, Image, Matrix, Scheme, Step, Stream};
+use forge::backend::{Backend, Factors, Fp32Products, Image, Matrix, Scheme, Step, Stream};
 use forge::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
 use forge::rule::StepScalars;
 use kernel::{Kernel, Order, parameters};
@@ -86,6 +86,19 @@ fn every_rule() {
         let scheme = scheme(name, flags, weight, state, Dtype::Bf16);
         let shape = Shape { tokens: &[35], rows: 64, ..WHOLE_RUNS };
         check(&Check { name, scheme, shape, tile_rows: 64, accumulator: false });
+    }
+}
+
+/// fp32 factors, split into two bf16 each.
+#[test]
+fn split_factors() {
+    for (weight, state, tile_rows, shape) in
+        [(0, 0, 64, RAGGED), (0, 2, 128, WHOLE_RUNS), (3, 3, 128, WHOLE_RUNS), (0, 0, 128, RAGGED)]
+    {
+        let mut split =
+            adamw(WEIGHTS[weight], STATES[state], Dtype::F32, shape, (tile_rows, state == 2));
+        split.scheme.fp32_products = Fp32Products::Bf16x3;
+        check(&split);
     }
 }
 
@@ -295,7 +308,9 @@ fn what_the_kernel_does_not_take_is_left_to_panels() {
     let segments = RAGGED.segments(&mut Random(1), Dtype::Bf16);
     let all = factors(&segments);
     assert!(plan(&scheme, &all).is_some());
-    assert!(plan(&Scheme { factor_dtype: Dtype::F32, ..scheme }, &all).is_none());
+    let fp32 = Scheme { factor_dtype: Dtype::F32, ..scheme };
+    assert!(plan(&fp32, &all).is_none());
+    assert!(plan(&Scheme { fp32_products: Fp32Products::Bf16x3, ..fp32 }, &all).is_some());
     assert!(plan(&scheme, &[]).is_none());
     assert!(plan(&scheme, &vec![all[0]; MOST_SEGMENTS]).is_some());
     assert!(plan(&scheme, &vec![all[0]; MOST_SEGMENTS + 1]).is_none());

@@ -6,7 +6,6 @@
 mod common;
 
 use common::{STATES, WEIGHTS, rules, scheme};
-use forge::backend::Scheme;
 use forge::backend::cuda::cache;
 use forge::backend::cuda::compile::{Nvrtc, options};
 use forge::backend::cuda::module::image_key;
@@ -15,6 +14,7 @@ use forge::backend::cuda::sm90::policy::choose;
 use forge::backend::cuda::sm90::{MOST_SEGMENTS, Mode, Specialisation, Streams};
 use forge::backend::cuda::sources::{self, Source};
 use forge::backend::cuda::{Cuda, specialise};
+use forge::backend::{Fp32Products, Scheme};
 use forge::error::forge_status;
 use forge::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
 use forge::rule::user::{Definition, HyperDefinition, PerStep, register};
@@ -179,6 +179,12 @@ fn fused_sm80(tile_rows: u32, all: bool) -> Vec<(Scheme, sm80::Specialisation)> 
     for formats in &most {
         add(adamw(*formats, Dtype::Bf16), Mode::Update, tile_rows, false, true);
     }
+    let split = Scheme {
+        fp32_products: Fp32Products::Bf16x3,
+        ..adamw((WEIGHTS[0], STATES[0]), Dtype::F32)
+    };
+    add(split, Mode::Update, tile_rows, false, true);
+    add(split, Mode::Accumulate, tile_rows, true, true);
     let plain = adamw(most[0], Dtype::Bf16);
     add(plain, Mode::Accumulate, tile_rows, true, true);
     add(plain, Mode::Norm, tile_rows, false, true);

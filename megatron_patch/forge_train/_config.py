@@ -8,7 +8,15 @@ import torch
 
 from ._lib import ffi, new_struct
 from ._tensors import FORGE_DTYPE
-from ._types import PARALLEL, ROUNDINGS, STATE_FORMATS, WEIGHT_FORMATS, LinearSpec, choice
+from ._types import (
+    FP32_PRODUCTS,
+    PARALLEL,
+    ROUNDINGS,
+    STATE_FORMATS,
+    WEIGHT_FORMATS,
+    LinearSpec,
+    choice,
+)
 from .rules import rule_flags, rule_info
 
 _FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +48,7 @@ def linear_config(spec: LinearSpec, name: str = "") -> tuple[Any, Any]:
     config.state_rounding = choice(ROUNDINGS, "state_rounding", spec.state_rounding)
     for index, state_format in enumerate(formats):
         config.state_formats[index] = choice(STATE_FORMATS, "state_format", state_format)
+    config.fp32_products = choice(FP32_PRODUCTS, "fp32_products", spec.fp32_products)
     config.rule_flags = flags
     config.parameter_id = spec.parameter_id
     config.rule = rule_name

@@ -25,6 +25,10 @@ ROUNDINGS = {
     "nearest": lib.FORGE_ROUNDING_NEAREST,
     "stochastic": lib.FORGE_ROUNDING_STOCHASTIC,
 }
+FP32_PRODUCTS = {
+    "exact": lib.FORGE_FP32_EXACT,
+    "bf16x3": lib.FORGE_FP32_BF16X3,
+}
 PARALLEL = {
     "none": lib.FORGE_PARALLEL_NONE,
     "column": lib.FORGE_PARALLEL_COLUMN,
@@ -65,6 +69,7 @@ class LinearSpec:
         factor_dtype: dtype of X, dY and dX.
         weight_format: one of :data:`WEIGHT_FORMATS`.
         state_formats: one of :data:`STATE_FORMATS`, or one for each state.
+        fp32_products: how a GPU multiplies fp32 factors for dW: ``exact`` or ``bf16x3``.
         parallel: which dimension of W is split over the communicator.
         sequence_parallel: column gathers X, row gathers dY in the backward.
         reduce_dgrad: column without sequence parallelism all-reduces dX.
@@ -79,6 +84,7 @@ class LinearSpec:
     state_formats: str | Sequence[str] = "fp32"
     weight_rounding: str = "stochastic"
     state_rounding: str = "stochastic"
+    fp32_products: str = "exact"
     parallel: str = "none"
     sequence_parallel: bool = False
     reduce_dgrad: bool = False

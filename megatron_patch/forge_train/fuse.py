@@ -144,6 +144,7 @@ def fuse(
     state_format: str | Sequence[str] = "fp32",
     weight_rounding: str = "stochastic",
     state_rounding: str = "stochastic",
+    fp32_products: str = "exact",
     schedule: str = "auto",
     max_norm: float | None = None,
     micro_batches: int = 1,
@@ -168,6 +169,8 @@ def fuse(
         state_format: ``fp32``, ``bf16`` or ``q8``, or one for each state.
         weight_rounding: of the ``bf16`` weight format: ``stochastic`` or ``nearest``.
         state_rounding: of ``bf16`` states.
+        fp32_products: how a GPU multiplies the factors of fp32 weights: ``exact``, the bits of the
+            CPU, or ``bf16x3`` on tensor cores, which leaves out at most 3·2⁻¹⁸ of a product.
         schedule: ``auto``, ``immediate``, ``deferred`` or ``accumulate``.
         max_norm: clip the global gradient norm, as ``clip_grad_norm_`` before each step would.
         micro_batches: backwards per step.
@@ -211,6 +214,7 @@ def fuse(
         state_formats=state_format,
         weight_rounding=weight_rounding,
         state_rounding=state_rounding,
+        fp32_products=fp32_products,
     )
     rows: list[Row] = []
     made: list[tuple[Choice, Weight]] = []
@@ -260,6 +264,7 @@ def _spec(
         in_features=parameter.shape[1] if fused else parameter.numel(),
         factor_dtype=parameter.dtype if fused else torch.float32,
         weight_format=weight_format,
+        fp32_products=base.fp32_products if fused and parameter.dtype == torch.float32 else "exact",
         # What is not fused is small: full precision costs little there, and norms deserve it.
         state_formats=base.state_formats if fused else "fp32",
         parameter_id=parameter_id(choice.name),

@@ -14,7 +14,7 @@ import torch
 
 from . import rules
 from ._lib import ForgeError
-from ._types import ROUNDINGS, STATE_FORMATS, WEIGHT_FORMATS, LinearSpec
+from ._types import FP32_PRODUCTS, ROUNDINGS, STATE_FORMATS, WEIGHT_FORMATS, LinearSpec
 from .model_shapes import Shape, shapes_of
 from .warm import Kernel, warm
 
@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     tool.add_argument("--state-rounding", choices=ROUNDINGS, default="stochastic")
     tool.add_argument(
         "--factor", choices=_FACTORS, help="of X and dY (default: as the model weight)"
+    )
+    tool.add_argument(
+        "--fp32-products",
+        choices=FP32_PRODUCTS,
+        default="exact",
+        help="of fp32 factors (default: exact)",
     )
     tool.add_argument(
         "--shape",
@@ -163,6 +169,7 @@ def _specs(arguments: argparse.Namespace) -> Iterator[LinearSpec]:
                 state_formats=arguments.state_format,
                 weight_rounding=arguments.weight_rounding,
                 state_rounding=arguments.state_rounding,
+                fp32_products=arguments.fp32_products,
                 parallel=parallel,
             )
 

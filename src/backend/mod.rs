@@ -105,6 +105,16 @@ impl Shard {
     }
 }
 
+/// How a GPU multiplies fp32 factors. The CPU's products are exact either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fp32Products {
+    /// By fp32 fma, one accumulator for each element: the CPU's bits.
+    Exact,
+    /// By tensor cores, of factors that are split into two bf16 each; what is left out of a product is at
+    /// most 3·2⁻¹⁸ of it.
+    Bf16x3,
+}
+
 /// How a parameter is stored and updated: what a kernel is specialised for.
 #[derive(Clone, Copy)]
 pub struct Scheme {
@@ -124,11 +134,18 @@ pub struct Scheme {
     pub state_rounding: Rounding,
     /// Of X, dY and dX.
     pub factor_dtype: Dtype,
+    /// Of fp32 factors.
+    pub fp32_products: Fp32Products,
     /// Philox key of the parameter.
     pub parameter_id: u32,
 }
 
 impl Scheme {
+    /// Whether every backend gives the same bits.
+    pub fn is_exact(&self) -> bool {
+        self.factor_dtype == Dtype::F32 && self.fp32_products == Fp32Products::Exact
+    }
+
     /// What 8-bit codes may assume of state `k`.
     pub fn state_kind(&self, k: usize) -> StateKind {
         self.rule.states(self.flags)[k].kind

@@ -1,6 +1,6 @@
 //! C enums: named for C, received as numbers, so that an unknown one is an error and not undefined.
 
-use crate::backend::NormMethod;
+use crate::backend::{Fp32Products, NormMethod};
 use crate::error::{Result, bail};
 use crate::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
 use crate::linear::{Parallel, Schedule};
@@ -129,6 +129,23 @@ pub enum forge_rounding {
 convert!(fn rounding(forge_rounding) -> Rounding {
     FORGE_ROUNDING_NEAREST => Rounding::Nearest,
     FORGE_ROUNDING_STOCHASTIC => Rounding::Stochastic,
+});
+/// How a GPU multiplies fp32 factors for dW. The CPU's products are exact either way.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum forge_fp32_products {
+    /// By fp32 fma, with one accumulator for each element and IEEE arithmetic in the rule: the bits of the
+    /// CPU backend.
+    FORGE_FP32_EXACT = 0,
+    /// By tensor cores, about three times as fast: each factor is split into two bf16, and of their four
+    /// products three are summed in fp32. What is left out of a product is at most 3·2⁻¹⁸ of it. Factors of
+    /// 3.39e38 and more count as infinite.
+    FORGE_FP32_BF16X3 = 1,
+}
+
+convert!(fn fp32_products(forge_fp32_products) -> Fp32Products {
+    FORGE_FP32_EXACT => Fp32Products::Exact,
+    FORGE_FP32_BF16X3 => Fp32Products::Bf16x3,
 });
 /// Which dimension of W the ranks share out.
 #[repr(u32)]

@@ -1,15 +1,13 @@
 //! `forge_linear`: creation, layout, plan.
 
-use super::boundary::{
-    boundary, check_out_struct, check_pointer, check_reserved, handle, read_struct,
-};
+use super::boundary::{boundary, check_out_struct, check_pointer, handle, read_struct};
 use super::comm::forge_comm;
 use super::context::forge_context;
 use super::types::{
     forge_array_layout, forge_layout, forge_linear_config, forge_plan, forge_plan_request,
 };
 use super::{dtype_code, enums};
-use crate::backend::Scheme;
+use crate::backend::{Fp32Products, Scheme};
 use crate::error::{Result, bail, forge_status};
 use crate::format::{Dtype, StateFormat};
 use crate::linear::{ArrayLayout, Layout, Linear, PlanRequest, Shape};
@@ -42,6 +40,14 @@ pub(super) unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
             bail!(FORGE_ERROR_UNSUPPORTED, "factor_dtype: {other:?}; factors are F32, BF16 or F16")
         }
     };
+    let fp32_products = enums::fp32_products("fp32_products", config.fp32_products)?;
+    if fp32_products != Fp32Products::Exact && factor_dtype != Dtype::F32 {
+        bail!(
+            FORGE_ERROR_UNSUPPORTED,
+            "fp32_products: {fp32_products:?} with factors of {factor_dtype:?}, which are multiplied as they \
+             are; set it to 0"
+        );
+    }
     let n_states = rule.states(config.rule_flags).len();
     let mut state_formats = [StateFormat::F32; MAX_STATES];
     for (k, format) in state_formats[..n_states].iter_mut().enumerate() {
@@ -57,6 +63,7 @@ pub(super) unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
         state_formats,
         state_rounding: enums::rounding("state_rounding", config.state_rounding)?,
         factor_dtype,
+        fp32_products,
         parameter_id: config.parameter_id,
     })
 }
@@ -66,7 +73,8 @@ pub(super) unsafe fn scheme(config: &forge_linear_config) -> Result<Scheme> {
 ///
 /// Errors: FORGE_ERROR_RULE (no such rule, a flag that it does not take), FORGE_ERROR_ENUM, FORGE_ERROR_SHAPE
 /// (features of 0), FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (features that do not divide by the ranks),
-/// FORGE_ERROR_UNSUPPORTED (factors of another dtype; sequence parallelism without parallelism).
+/// FORGE_ERROR_UNSUPPORTED (factors of another dtype; fp32_products of 16-bit factors; sequence parallelism
+/// without parallelism).
 ///
 /// # Safety
 /// `context` and `comm` are live, `config` points to a struct of its `struct_size` whose `rule` is
@@ -83,7 +91,6 @@ pub unsafe extern "C" fn forge_linear_new(
         // SAFETY: as promised by the caller.
         let (context, comm, config, scheme) = unsafe {
             let config = read_struct("config", config)?;
-            check_reserved("config", config.reserved)?;
             let scheme = scheme(&config)?;
             (handle("context", context)?, handle("comm", comm)?, config, scheme)
         };

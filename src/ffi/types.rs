@@ -217,8 +217,8 @@ pub struct forge_linear_config {
     pub rule_flags: u32,
     /// Unique among the run's parameters, and the same on every rank: it picks the random numbers.
     pub parameter_id: u32,
-    /// 0.
-    pub reserved: u32,
+    /// A forge_fp32_products, of fp32 factors; 0 with others.
+    pub fp32_products: u32,
     /// A rule's name, copied.
     pub rule: *const c_char,
 }

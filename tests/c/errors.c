@@ -146,6 +146,14 @@ static void creation(void) {
     EXPECT(FORGE_ERROR_ENUM, "state_formats[1]",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
     c = linear_config(OUT, IN);
+    c.fp32_products = 2;
+    EXPECT(FORGE_ERROR_ENUM, "fp32_products",
+           forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
+    c.fp32_products = FORGE_FP32_BF16X3;
+    c.factor_dtype = FORGE_DTYPE_F16;
+    EXPECT(FORGE_ERROR_UNSUPPORTED, "fp32_products",
+           forge_linear_new(memory.context, memory.comm, &c, &memory.linear));
+    c = linear_config(OUT, IN);
     c.sequence_parallel = 1;
     EXPECT(FORGE_ERROR_UNSUPPORTED, "sequence_parallel",
            forge_linear_new(memory.context, memory.comm, &c, &memory.linear));

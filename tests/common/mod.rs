@@ -3,8 +3,8 @@
 
 use forge::backend::cpu::Cpu;
 use forge::backend::{
-    Accumulator, Arrays, Deliver, Factors, Image, Matrix, Norm, NormMethod, Report, Scheme,
-    StepSource, Stream,
+    Accumulator, Arrays, Deliver, Factors, Fp32Products, Image, Matrix, Norm, NormMethod, Report,
+    Scheme, StepSource, Stream,
 };
 use forge::comm::Solo;
 use forge::format::{Dtype, Rounding, StateFormat, WeightFormat, bf16};
@@ -100,6 +100,7 @@ pub fn scheme(
         state_formats: [state.0; MAX_STATES],
         state_rounding: state.1,
         factor_dtype,
+        fp32_products: Fp32Products::Exact,
         parameter_id: 11,
     }
 }

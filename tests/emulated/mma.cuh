@@ -27,6 +27,12 @@ template <int N> FORGE_DEVICE void copies_wait() {
     self.copies.erase(self.copies.begin(), first_left);
 }
 
+FORGE_DEVICE float shared_load_f32(u32 at) {
+    float value;
+    std::memcpy(&value, emulated::inside(at, 4), 4);
+    return value;
+}
+
 FORGE_DEVICE void load_transposed(u32 at, u32 (&matrices)[4]) {
     const u32 *rows = emulated::show(at, emulated::Wait::Matrices);
     const u32 lane = emulated::lane();
@@ -43,7 +49,7 @@ FORGE_DEVICE void load_transposed(u32 at, u32 (&matrices)[4]) {
 
 FORGE_DEVICE double factor_value(u32 pair, u32 half) {
     const u32 bits = pair >> (16 * half) & 0xFFFFu;
-    return FORGE_FACTOR == 1 ? bits_to_float(bits << 16) : widen_f16(bits);
+    return FORGE_FACTOR <= 1 ? bits_to_float(bits << 16) : widen_f16(bits);
 }
 
 // The sixteen products are exact and their sum is rounded once.

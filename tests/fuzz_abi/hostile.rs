@@ -191,7 +191,7 @@ fn new_linear(context: &Context, world: &World, random: &mut Random) -> forge_st
             &mut c.state_formats[0],
             &mut c.rule_flags,
             &mut c.parameter_id,
-            &mut c.reserved,
+            &mut c.fp32_products,
         ];
         match random.below(fields.len() + 2) {
             0 => c.out_features = value,

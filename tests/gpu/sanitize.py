@@ -15,7 +15,8 @@ import torch
 from gpu_cases import RULES
 
 from forge_train import AdamW, Rule, UserRule
-from forge_train.native import Linear, LinearSpec, Segment
+from forge_train._lib import check, ffi, lib
+from forge_train.native import Linear, LinearSpec, Scalars, Segment, Storage
 
 WEIGHTS = ("bf16", "bf16+16", "bf16+fp32", "fp32")
 STATES = ("bf16", "fp32", "q8")
@@ -36,11 +37,13 @@ def run(
     shape: tuple[int, int],
     tokens: tuple[int, ...],
     factor: torch.dtype,
+    products: str,
 ) -> None:
-    """Update, with and without an accumulator, accumulate, norm, backward, export and import."""
+    """Every call over one linear, and the update of two of them together."""
     spec = LinearSpec(
-        *shape, rule, factor_dtype=factor, weight_format=formats[0], state_formats=formats[1]
-    )
+        *shape, rule, factor_dtype=factor, weight_format=formats[0], state_formats=formats[1],
+        fp32_products=products,
+    )  # fmt: skip
     linear = Linear(spec, name="sanitize", device=torch.device("cuda"))
     storage = linear.allocate(random(*shape, dtype=linear.layout.weight.dtype))
     scalars = linear.scalars(rule.options, step=1, seed=1)
@@ -58,13 +61,33 @@ def run(
             segment.dy, segment.x, storage, mode="update", need_dbias=True, scalars=scalars
         )
         linear.backward(segment.dy, segment.x, storage, mode="keep")
+    update_together(linear, storage, segments, scalars)
     linear.import_weight(storage, linear.export_weight(storage))
     for index in range(len(storage.states)):
         linear.import_state(storage, index, linear.export_state(storage, index))
     torch.cuda.synchronize()
 
 
-# Rule, formats of weight and states, dtype of the factors, FORGE_MAINLOOP.
+def update_together(
+    linear: Linear, storage: Storage, segments: list[Segment], scalars: Scalars
+) -> None:
+    """The grouped update of the linear and of another parameter like it."""
+    other = linear.allocate(storage.weight.clone())
+    calls = [linear.update_struct(segments, one, scalars) for one in (storage, other)]
+    size = ffi.sizeof("forge_report")
+    reports = [torch.zeros(size, dtype=torch.uint8).cuda() for _ in calls]
+    for (call, _), report in zip(calls, reports, strict=True):
+        call.device_report = ffi.cast("forge_report *", report.data_ptr())
+    linears = ffi.new("forge_linear *[]", [linear.handle] * 2)
+    updates = ffi.new("forge_update *[]", [call for call, _ in calls])
+    context = linear.context
+    with context.current():
+        check(lib.forge_linear_update_group(linears, updates, 2, context.stream()), "group")
+    torch.cuda.synchronize()
+
+
+# Rule, formats of weight and states, dtype of the factors, FORGE_MAINLOOP or how fp32 factors are
+# multiplied.
 Case = tuple[Rule, tuple[str, str], torch.dtype, str]
 
 
@@ -89,6 +112,7 @@ def cases(quick: bool) -> list[Case]:
     found += [(AdamW(), (weight, "fp32"), bf16, "sm80") for weight in WEIGHTS]
     found += [(AdamW(), ("bf16", state), bf16, "panel") for state in STATES]
     found += [(AdamW(), ("bf16", "bf16"), fp16, mainloop) for mainloop in ("", "sm80")]
+    found += [(AdamW(), (weight, "fp32"), fp32, "bf16x3") for weight in WEIGHTS]
     return found
 
 
@@ -108,12 +132,13 @@ def main() -> None:
     torch.manual_seed(1)
     calls, refused = 0, 0
     for rule, formats, factor, mainloop in cases(options.quick)[part - 1 :: parts]:
-        os.environ["FORGE_MAINLOOP"] = mainloop
+        products = mainloop if mainloop == "bf16x3" else "exact"
+        os.environ["FORGE_MAINLOOP"] = "" if products == "bf16x3" else mainloop
         for shape in SHAPES:
             for tokens in TOKENS:
                 name = f"{rule.name} {'/'.join(formats)} {shape} {tokens} {factor} {mainloop}"
                 try:
-                    run(rule, formats, shape, tokens, factor)
+                    run(rule, formats, shape, tokens, factor, products)
                 except ValueError as error:
                     refused += 1
                     print(f"sanitize: {name}: refused: {error}", flush=True)

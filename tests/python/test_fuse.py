@@ -166,6 +166,7 @@ def test_copies_are_plain_models(copier):
         ({"state_format": "q4"}, ValueError, "state_format='q4'.*q8"),
         ({"state_format": ("fp32",)}, ValueError, "rule .adamw. has 2 states"),
         ({"weight_rounding": "up"}, ValueError, "weight_rounding='up'.*stochastic"),
+        ({"fp32_products": "tf32"}, ValueError, "fp32_products='tf32'.*bf16x3"),
         ({"exclude": ("nothing",)}, ValueError, "exclude='nothing'"),
         ({"micro_batches": 0}, ValueError, "micro_batches=0"),
         ({"schedule": "immediate", "max_norm": 1.0}, ValueError, "immediate.*deferred"),

@@ -25,7 +25,7 @@ impl Mainloop {
             return own;
         }
         let Ok(name) = std::env::var(OVERRIDE) else { return own };
-        Self::named(&name, capability).unwrap_or_else(|| {
+        Self::named(&name, capability, scheme.factor_dtype).unwrap_or_else(|| {
             if !name.is_empty() {
                 tracing::warn!(
                     target: "forge",
@@ -40,16 +40,17 @@ impl Mainloop {
     /// The device's own.
     pub fn of_device(capability: (i32, i32), scheme: &Scheme) -> Self {
         match (scheme.factor_dtype, capability) {
-            (Dtype::F32, _) => Self::Panel,
-            (_, (9, 0)) => Self::Sm90,
+            _ if scheme.is_exact() => Self::Panel,
+            // The kernel of 9.0 has no way to split factors: they go from memory to the tensor cores.
+            (Dtype::Bf16 | Dtype::F16, (9, 0)) => Self::Sm90,
             _ => Self::Sm80,
         }
     }
 
     /// What the variable says, where the device can do it.
-    fn named(name: &str, capability: (i32, i32)) -> Option<Self> {
+    fn named(name: &str, capability: (i32, i32), factors: Dtype) -> Option<Self> {
         match name {
-            "sm90" if capability == (9, 0) => Some(Self::Sm90),
+            "sm90" if capability == (9, 0) && factors != Dtype::F32 => Some(Self::Sm90),
             "sm80" => Some(Self::Sm80),
             "panel" => Some(Self::Panel),
             _ => None,
@@ -63,10 +64,12 @@ mod tests {
 
     #[test]
     fn sm90_runs_on_9_0_alone() {
-        assert_eq!(Mainloop::named("sm90", (9, 0)), Some(Mainloop::Sm90));
-        assert_eq!(Mainloop::named("sm90", (10, 0)), None);
-        assert_eq!(Mainloop::named("sm80", (9, 0)), Some(Mainloop::Sm80));
-        assert_eq!(Mainloop::named("panel", (8, 0)), Some(Mainloop::Panel));
-        assert_eq!(Mainloop::named("SM80", (8, 0)), None);
+        let named = |name, capability| Mainloop::named(name, capability, Dtype::Bf16);
+        assert_eq!(named("sm90", (9, 0)), Some(Mainloop::Sm90));
+        assert_eq!(named("sm90", (10, 0)), None);
+        assert_eq!(Mainloop::named("sm90", (9, 0), Dtype::F32), None);
+        assert_eq!(named("sm80", (9, 0)), Some(Mainloop::Sm80));
+        assert_eq!(named("panel", (8, 0)), Some(Mainloop::Panel));
+        assert_eq!(named("SM80", (8, 0)), None);
     }
 }

@@ -19,8 +19,8 @@ pub const MOST_SEGMENTS: usize = 32;
 pub const THREADS: u32 = 128;
 /// Tokens of a segment: 31 bits in the kernel.
 const MOST_TOKENS: usize = i32::MAX as usize;
-/// Tokens of a stage.
-const DEPTH: u32 = 32;
+/// Bytes of a stage for each feature: 32 tokens of 16-bit factors, 16 of fp32 ones.
+const STAGE_BYTES_PER_FEATURE: u32 = 64;
 
 /// `forge::FactorPair`.
 #[repr(C)]
@@ -135,7 +135,7 @@ impl Limits {
 pub fn shared_bytes(tile_rows: u32) -> u32 {
     let cols = TILE_COLS as u32;
     let stages = if tile_rows == 128 { 4 } else { 3 };
-    let factors = stages * DEPTH * (tile_rows + cols) * 2;
+    let factors = stages * STAGE_BYTES_PER_FEATURE * (tile_rows + cols);
     let tile = tile_rows * (cols + 8) * 4;
     factors.max(tile)
 }
@@ -206,8 +206,8 @@ impl Launch {
 }
 
 /// Whether a factor can be copied in units of 16 bytes.
-fn readable(factor: &Matrix) -> bool {
-    (factor.data as usize).is_multiple_of(16) && factor.stride.is_multiple_of(8)
+fn readable(factor: &Matrix, dtype: Dtype) -> bool {
+    (factor.data as usize).is_multiple_of(16) && (factor.stride * dtype.bytes()).is_multiple_of(16)
 }
 
 impl<'a> Call<'a> {
@@ -236,7 +236,8 @@ impl<'a> Call<'a> {
         let mut segments = [FactorPair::default(); MOST_SEGMENTS];
         let mut n_segments = 0;
         for f in self.factors.iter().filter(|f| f.tokens > 0) {
-            if !readable(&f.dy) || !readable(&f.x) || f.tokens > MOST_TOKENS {
+            let dtype = self.scheme.factor_dtype;
+            if !readable(&f.dy, dtype) || !readable(&f.x, dtype) || f.tokens > MOST_TOKENS {
                 return None;
             }
             *segments.get_mut(n_segments)? = FactorPair {
@@ -249,9 +250,7 @@ impl<'a> Call<'a> {
             n_segments += 1;
         }
         let whole = Region::whole(self.shard);
-        let possible = self.scheme.factor_dtype != Dtype::F32
-            && n_segments > 0
-            && whole.tiles() <= MOST_PARTIALS;
+        let possible = !self.scheme.is_exact() && n_segments > 0 && whole.tiles() <= MOST_PARTIALS;
         let problem = Problem {
             arrays: KernelArrays::from(self.arrays.unwrap_or(&Arrays::NONE)),
             shard: KernelShard::from(self.shard),

@@ -45,6 +45,8 @@ pub const HEADERS: &[Source] = &[
     source!("rules/signum.cuh"),
     source!("elementwise.cuh"),
     source!("mma.cuh"),
+    source!("launch_sm80.cuh"),
+    source!("mainloop_sm80.cuh"),
     source!("ptx.cuh"),
     source!("wgmma.cuh"),
     source!("arrays.cuh"),

@@ -11,7 +11,7 @@
 //! | `FORGE_STATE0_FORMAT` … `2` | 0 fp32, 1 bf16, 2 q8 |
 //! | `FORGE_STATE0_KIND` … `2` | 0 signed, 1 non-negative |
 //! | `FORGE_STATE_STOCHASTIC` | 1: bf16 and q8 states are rounded by chance |
-//! | `FORGE_EXACT` | 1: fp32 factors, so that rules give the CPU backend's bits |
+//! | `FORGE_EXACT` | 1: fp32 factors and exact products, so that rules give the CPU backend's bits |
 //! | `FORGE_FACTOR` | 0 fp32, 1 bf16, 2 fp16 |
 
 use super::super::Scheme;
@@ -74,7 +74,7 @@ pub fn none() -> Vec<String> {
 pub fn update(scheme: &Scheme) -> Vec<String> {
     let mut out = rule(scheme);
     out.extend(formats(scheme));
-    out.push(format!("FORGE_EXACT={}", u32::from(scheme.factor_dtype == Dtype::F32)));
+    out.push(format!("FORGE_EXACT={}", u32::from(scheme.is_exact())));
     out
 }
 
