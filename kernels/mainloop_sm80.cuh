@@ -2,7 +2,7 @@
 //
 // Factors of 16 bits are multiplied as they are. fp32 ones are split as they are read, into a bf16
 // and what it leaves over as another; of their four products the three that matter are summed
-// (bf16×3). What is left out of x·y is at most 3·2⁻¹⁸ of it.
+// (bf16×3). What is left out of x·y is at most 3·2⁻¹⁶ of it.
 #pragma once
 #include "formats.cuh"
 #include "launch_sm80.cuh"

@@ -170,7 +170,7 @@ def fuse(
         weight_rounding: of the ``bf16`` weight format: ``stochastic`` or ``nearest``.
         state_rounding: of ``bf16`` states.
         fp32_products: how a GPU multiplies the factors of fp32 weights: ``exact``, the bits of the
-            CPU, or ``bf16x3`` on tensor cores, which leaves out at most 3·2⁻¹⁸ of a product.
+            CPU, or ``bf16x3`` on tensor cores, which leaves out at most 3·2⁻¹⁶ of a product.
         schedule: ``auto``, ``immediate``, ``deferred`` or ``accumulate``.
         max_norm: clip the global gradient norm, as ``clip_grad_norm_`` before each step would.
         micro_batches: backwards per step.

@@ -111,7 +111,7 @@ pub enum Fp32Products {
     /// By fp32 fma, one accumulator for each element: the CPU's bits.
     Exact,
     /// By tensor cores, of factors that are split into two bf16 each; what is left out of a product is at
-    /// most 3·2⁻¹⁸ of it.
+    /// most 3·2⁻¹⁶ of it.
     Bf16x3,
 }
 

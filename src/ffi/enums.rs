@@ -138,7 +138,7 @@ pub enum forge_fp32_products {
     /// CPU backend.
     FORGE_FP32_EXACT = 0,
     /// By tensor cores, about three times as fast: each factor is split into two bf16, and of their four
-    /// products three are summed in fp32. What is left out of a product is at most 3·2⁻¹⁸ of it. Factors of
+    /// products three are summed in fp32. What is left out of a product is at most 3·2⁻¹⁶ of it. Factors of
     /// 3.39e38 and more count as infinite.
     FORGE_FP32_BF16X3 = 1,
 }

@@ -88,7 +88,7 @@ pub fn product(segments: &[Segment], shard: &Shard, split: bool) -> Vec<(f64, f6
             }
         }
     }
-    let left_out = if split { 3.0 * 2f64.powi(-18) } else { 0.0 };
+    let left_out = if split { 3.0 * 2f64.powi(-16) } else { 0.0 };
     let terms = if split { 3 * tokens } else { tokens };
     let eps = (8 + terms) as f64 * 2f64.powi(-24) + left_out;
     out.iter_mut().for_each(|(_, magnitude)| *magnitude *= eps);

