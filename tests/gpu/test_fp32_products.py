@@ -13,7 +13,7 @@ from forge_train import AdamW
 from forge_train.native import Linear, Segment
 
 pytestmark = needs_gpu
-LEFT_OUT = 3 * 2.0**-18
+LEFT_OUT = 3 * 2.0**-16
 SHAPES = [(64, 128, [16]), (200, 392, [7, 0, 64, 33]), (33, 20, [5]), (2048, 2112, [300])]
 
 
@@ -85,7 +85,7 @@ def test_one_update_of_both():
         after.append(storage)
     exact, fast = after
     assert not torch.equal(exact.weight, fast.weight)
-    # A tenth of a step, which is lr = 1e-2: where a gradient nearly cancels, what is left out shows.
+    # A tenth of a step: where a gradient nearly cancels, what is left out shows.
     torch.testing.assert_close(fast.weight, exact.weight, rtol=0, atol=1e-3)
     for ours, theirs in zip(fast.states, exact.states, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=1e-6)
