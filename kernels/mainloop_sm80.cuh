@@ -12,7 +12,7 @@ namespace forge {
 
 constexpr bool SPLIT = FORGE_FACTOR == 0;
 constexpr int THREADS = 128;
-constexpr u32 ELEMENT = SPLIT ? 4 : 2, PER_UNIT = 16 / ELEMENT; // bytes; in 16 of them
+constexpr u32 ELEMENT = SPLIT ? 4 : 2, PER_UNIT = 16 / ELEMENT;            // bytes; in 16 of them
 constexpr u32 ROWS = FORGE_TILE_ROWS, COLS = 128, DEPTH = SPLIT ? 16 : 32; // tokens of a stage
 constexpr int STAGES = ROWS == 128 ? 4 : 3;
 // Warps: 2 below each other, 2 beside; a warp's part is ROWS/2 × 64, of which mma makes 16 × 8 at a
@@ -34,9 +34,9 @@ struct Product {
     const FactorPair *segments;
 };
 
-// Where 16 bytes of a factor lie in a stage: token `depth`, features from PER_UNIT·unit on. Units of
-// neighbouring tokens are exchanged, so that eight rows of a matrix meet no bank twice, nor eight
-// fp32 of each of tokens 0, 2, 4 and 6.
+// Where 16 bytes of a factor lie in a stage: token `depth`, features from PER_UNIT·unit on. Units
+// of neighbouring tokens are exchanged, so that eight rows of a matrix meet no bank twice, nor
+// eight fp32 of each of tokens 0, 2, 4 and 6.
 template <u32 FEATURES> FORGE_DEVICE u32 unit_offset(u32 depth, u32 unit) {
     return depth * FEATURES * ELEMENT + (unit ^ (SPLIT ? depth & 6u : depth & 7u)) * 16;
 }
@@ -197,8 +197,8 @@ struct Reader {
         // Matrices: rows 0..7 and 8..15 of tokens 0..7, then of tokens 8..15.
         a = unit_offset<ROWS>(matrix / 2 * 8 + in_matrix, warp / 2 * (WARP_ROWS / 8) + matrix % 2);
         // Matrices: tokens 0..7 and 8..15 of columns 0..7, then of columns 8..15.
-        b = DY_BYTES + unit_offset<COLS>(matrix % 2 * 8 + in_matrix,
-                                                 warp % 2 * (WARP_COLS / 8) + matrix / 2);
+        b = DY_BYTES +
+            unit_offset<COLS>(matrix % 2 * 8 + in_matrix, warp % 2 * (WARP_COLS / 8) + matrix / 2);
     }
 
     // Tokens from `first` on.

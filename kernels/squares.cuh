@@ -31,8 +31,7 @@ struct Sight {
             return;
         }
         const float scaled = sum_of_squares<true>(values);
-        squares +=
-            static_cast<double>(scaled) / (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
+        squares += static_cast<double>(scaled) / (static_cast<double>(SQUARE_SCALE) * SQUARE_SCALE);
         bad = bad || !(scaled <= LARGEST);
 #pragma unroll
         for (int i = 0; i < N; ++i)

@@ -1,8 +1,8 @@
 // dW = dYᵀ·X by mma.sync, consumed where it is produced: the update, an addition to a buffer, or
 // its norm. For every card since compute capability 8.0.
 //
-// A block of four warps multiplies a tile of dW in registers, looks there whether it is finite, puts
-// it into the shared memory that its factors had, and applies the rule from there with the
+// A block of four warps multiplies a tile of dW in registers, looks there whether it is finite,
+// puts it into the shared memory that its factors had, and applies the rule from there with the
 // element-wise kernel's code: so with its bits. Two blocks share a multiprocessor: while one
 // multiplies, the other waits for its weights and states.
 //
@@ -74,8 +74,7 @@ constexpr u32 PASSES = TILE_ROWS / Part::BOTH_ROWS; // of a part
 
 // A thread's run of dW in the tile in shared memory.
 FORGE_DEVICE float4 *run_in(float *tile, const Part &part, u32 pass, u32 i, u32 half) {
-    const u32 at =
-        spot_offset(part.row_of(pass, i), part.col_in_tile + part.col_of(i) + half * 4);
+    const u32 at = spot_offset(part.row_of(pass, i), part.col_in_tile + part.col_of(i) + half * 4);
     return reinterpret_cast<float4 *>(tile + at);
 }
 FORGE_DEVICE Values take(float *tile, const Part &part, u32 pass, u32 i) {
