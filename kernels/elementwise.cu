@@ -4,8 +4,15 @@
 namespace forge {
 
 constexpr int ELEMENTWISE_THREADS = 256;
+constexpr int loaded_bytes() { // of an element
+    int bytes = FORGE_WEIGHT_FORMAT == W_BF16 ? 2 : 4;
+    for (int i = 0; i < N_STATES; ++i)
+        bytes += STATE_FORMAT[i] == F32 ? 4 : 2;
+    return bytes;
+}
 // Blocks that share an SM: three where the registers suffice, for more loads in flight.
-constexpr bool FEW_REGISTERS = VECTOR && N_STATES < 3 && FORGE_STATE_STOCHASTIC == 0 && !CODES;
+constexpr bool FEW_REGISTERS =
+    VECTOR && loaded_bytes() <= 6 && FORGE_STATE_STOCHASTIC == 0 && !CODES;
 constexpr int ELEMENTWISE_BLOCKS = FEW_REGISTERS ? 3 : 2;
 
 } // namespace forge
