@@ -1,4 +1,4 @@
-//! The CPU backend against its own GEMM crate: `cargo bench --bench cpu_update`.
+//! The CPU backend against a GEMM crate and an optimizer pass: `cargo bench --bench cpu_update`.
 //!
 //! fp32, AdamW, one thread: a whole backward (dX, then dW and update) and the update alone, against
 //! `matrixmultiply` on the same products followed by one fused optimizer pass (the same rule over a

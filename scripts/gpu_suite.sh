@@ -13,7 +13,8 @@ network, on one NVIDIA GPU:
   tests     tests/gpu under pytest                     → tests.json
   sanitize  compute-sanitizer, all four tools          → sanitize.json, sanitize_*.txt
   bench     the benchmarks and their plots             → wgrad_update.json, compile_time.json,
-                                                         peak_memory.json, rules.json, targets.txt,
+                                                         peak_memory.json, rules.json,
+                                                         small_layers.json, fp32_products.json, targets.txt,
                                                          *.svg, *.png
   train     the demo in fp32 on the CPU and on the GPU → train.json
   all       all four, in this order (default)
@@ -137,11 +138,13 @@ part_tests() {
 # in_parts OUTPUT COMMAND...: COMMAND tests/gpu/sanitize.py in eight processes, which share the cases; their
 # output, one after the other, and the highest of their exit statuses.
 in_parts() {
-    local output=$1 part count=8 status highest=0 processes=()
+    local output=$1 part count=8 status highest=0 processes=() name
+    # A process that was killed may still write: not into the next tool's output.
+    name=$scratch/$(basename "$output" .txt)
     shift
     for ((part = 1; part <= count; part++)); do
         limited "${FORGE_LIMIT_SANITIZE:-240}" "$@" tests/gpu/sanitize.py --part "$part/$count" \
-            >"$scratch/part$part.txt" 2>&1 &
+            >"$name-$part.txt" 2>&1 &
         processes+=("$!")
     done
     for part in "${processes[@]}"; do
@@ -149,7 +152,7 @@ in_parts() {
         wait "$part" || status=$?
         if ((status > highest)); then highest=$status; fi
     done
-    for ((part = 1; part <= count; part++)); do cat "$scratch/part$part.txt"; done >"$output"
+    for ((part = 1; part <= count; part++)); do cat "$name-$part.txt"; done >"$output"
     return "$highest"
 }
 
@@ -184,7 +187,9 @@ part_bench() {
     # The small ones first; the large one fills the time that is left.
     limited 120 "$python" benchmarks/compile_time.py --out "$out/compile_time.json" || status=1
     limited 60 "$python" benchmarks/peak_memory.py --out "$out/peak_memory.json" || status=1
-    limited 90 "$python" benchmarks/rules.py --out "$out/rules.json" || status=1
+    limited 150 "$python" benchmarks/rules.py --out "$out/rules.json" || status=1
+    limited 60 "$python" benchmarks/small_layers.py --out "$out/small_layers.json" || status=1
+    limited 60 "$python" benchmarks/fp32_products.py --out "$out/fp32_products.json" || status=1
     limited "$limit" "$python" benchmarks/wgrad_update.py --budget-s "$((limit - 20))" \
         --out "$out/wgrad_update.json" "${arguments[@]}" || status=1
     if [[ -f $out/wgrad_update.json ]]; then
