@@ -30,10 +30,10 @@ struct Problem {
 // Many weights, too small to fill a GPU one by one; backend::cuda::group fills it. The scalars are
 // those of all, but for the id in the key. As many bytes as drivers take by value since CUDA 12.1.
 struct Params {
-    StepScalars step;
+    StepSource step;
     u32 n_problems;
     // Problems, then all their segments, so that either may be many.
-    u64 pool[(32760 - sizeof(StepScalars) - sizeof(u32)) / sizeof(u64)];
+    u64 pool[(32760 - sizeof(StepSource) - sizeof(u64)) / sizeof(u64)];
 
     // Whose block this is. First blocks ascend.
     FORGE_DEVICE const Problem &problem() const {
@@ -53,7 +53,7 @@ struct Params {
         return reinterpret_cast<const FactorPair *>(behind) + problem.first_segment;
     }
     FORGE_DEVICE StepScalars scalars(const Problem &problem) const {
-        StepScalars out = step;
+        StepScalars out = step.device != nullptr ? *step.device : step.value;
         out.key[1] = problem.parameter;
         return out;
     }

@@ -295,6 +295,7 @@ fn update_forty_layers() {
     (linear.out_features, linear.in_features) = (512, 512);
     let mut warm: forge_warm_config = sized();
     (warm.linear, warm.tokens, warm.micro_batches, warm.threads) = (&linear, TOKENS, 1, 1);
+    warm.device_scalars = 1;
     let mut report: forge_warm_report = sized();
     // SAFETY: the structs and what they point to are live.
     unsafe { ok(forge_context_warm(context, &warm, &mut report)) };
@@ -332,6 +333,22 @@ fn update_forty_layers() {
     let (status, launched) = group(&|layer| update(layer, layer.accumulator));
     ok(status);
     assert_eq!(launched[..2], few);
+    // Scalars of a captured step: one kernel makes the constants of all.
+    let shared = device(size_of::<forge_step_scalars>() as u64).data;
+    let captured = |layer: &Layer| {
+        let mut step = layer.step;
+        step.device_scalars = shared.cast();
+        step
+    };
+    let steps: Vec<forge_step> = layers.iter().map(captured).collect();
+    let (status, launched) = group(&|layer| {
+        let index = layers.iter().position(|l| l.linear == layer.linear).unwrap();
+        let mut call = update(layer, NO_BUFFER);
+        call.step = &steps[index];
+        call
+    });
+    ok(status);
+    assert_eq!(launched[..few.len() + 1], [&["forge_prologue"], &few[..]].concat());
     // Nobody asked for a report.
     let (status, launched) = group(&|layer| layer.update_of(1, NO_BUFFER));
     ok(status);

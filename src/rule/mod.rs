@@ -124,7 +124,7 @@ pub struct RuleInfo {
 pub type Constants = [f32; 16];
 
 /// The scalars of one step.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepScalars {
     /// Counted from 1.
     pub step: u64,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import DEVICE, needs_gpu
+from gpu_cases import DEVICE, assert_same_bits, needs_gpu
 
 import forge_train
 from forge_train import AdamW
+from forge_train._lib import check, ffi, lib
+from forge_train.native import Linear, LinearSpec, Segment
 
 pytestmark = needs_gpu
 LAYERS = 40
@@ -49,3 +51,48 @@ def test_small_weights_share_launches_on_every_gpu(micro_batches):
     assert sum("forge_wgrad_sm80" in name for name in names) == 1
     assert sum("forge_reports" in name for name in names) == 1
     assert len(names) == 2
+
+
+def test_a_captured_group_takes_its_scalars_from_memory(monkeypatch):
+    """A graph of one step's update, replayed for the next: the bits of updates one by one."""
+    monkeypatch.setenv("FORGE_MAINLOOP", "sm80")
+    torch.manual_seed(2)
+    rule = AdamW(lr=1e-2)
+    linears, ours, theirs, segments = [], [], [], []
+    for index in range(LAYERS):
+        spec = LinearSpec(
+            192, 256, rule, factor_dtype=torch.bfloat16, weight_format="bf16",
+            state_formats="bf16", parameter_id=3 * index,
+        )  # fmt: skip
+        linear = Linear(spec, name=f"layer {index}", device=torch.device(DEVICE))
+        weight = torch.randn(192, 256, device=DEVICE).bfloat16()
+        linears.append(linear)
+        ours.append(linear.allocate(weight))
+        theirs.append(linear.allocate(weight.clone()))
+        dy, x = (torch.randn(100, n, device=DEVICE).bfloat16() for n in (192, 256))
+        segments.append(Segment.of(dy, x))
+    first = linears[0]
+    in_memory = first.device_scalars(first.scalars(rule.options, step=1, seed=3))
+
+    def update() -> None:
+        work = zip(linears, segments, ours, strict=True)
+        calls = [one.update_struct([segment], to, in_memory) for one, segment, to in work]
+        handles = ffi.new("forge_linear *[]", [linear.handle for linear in linears])
+        updates = ffi.new("forge_update *[]", [call for call, _ in calls])
+        with first.context.current():
+            stream = first.context.stream()
+            check(lib.forge_linear_update_group(handles, updates, LAYERS, stream), "group")
+
+    update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    for step in (2, 3):
+        in_memory.copy_(first.device_scalars(first.scalars(rule.options, step=step, seed=3)))
+        graph.replay()
+    torch.cuda.synchronize()
+    for index, linear in enumerate(linears):
+        for step in (1, 2, 3):
+            one = linear.device_scalars(linear.scalars(rule.options, step=step, seed=3))
+            linear.update([segments[index]], theirs[index], one)
+        assert_same_bits(ours[index], theirs[index], f"layer {index}")

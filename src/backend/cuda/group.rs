@@ -6,17 +6,17 @@ use super::super::{GroupEntry, Scheme, Shard, StepSource, Stream};
 use super::driver::{DevicePtr, parameters};
 use super::gpu::{Gpu, Kernel};
 use super::mainloop::Mainloop;
-use super::parameters::{KernelScalars, KernelStep, Region};
+use super::parameters::{KernelStep, Region};
 use super::reduce::{self, MOST_REPORTS, ReportOf};
 use super::sm80::{self, FactorPair, Launch, Limits, Mode, Problem, Specialisation};
-use super::workspace::MOST_PARTIALS;
+use super::workspace::{MOST_PARTIALS, Workspace};
 use super::{grid, sources, specialise};
 use crate::error::Result;
-use crate::rule::user::UserRule;
+use crate::rule::MAXIMIZE;
 
 /// Problems and segments share them; with the rest [`Params`] is 32760 bytes, of the 32764 that a driver
 /// takes since CUDA 12.1.
-const POOL_WORDS: usize = 4084;
+const POOL_WORDS: usize = 4082;
 const PROBLEM_WORDS: usize = size_of::<Problem>() / 8;
 const SEGMENT_WORDS: usize = size_of::<FactorPair>() / 8;
 
@@ -24,7 +24,7 @@ const SEGMENT_WORDS: usize = size_of::<FactorPair>() / 8;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Params {
-    step: KernelScalars,
+    step: KernelStep,
     n_problems: u32,
     pool: [u64; POOL_WORDS],
 }
@@ -47,9 +47,16 @@ pub fn is_small(shard: &Shard, sm_count: u32, mainloop: Mainloop) -> bool {
     }
 }
 
-/// Whether the host knows a step's constants: a user's rule may have a kernel compute them.
-pub fn has_scalars(scheme: &Scheme) -> bool {
-    !scheme.rule.user().is_some_and(UserRule::has_per_step)
+/// Whether two updates have the scalars of a step in common, but for the parameter: by value, or from one
+/// place in device memory.
+fn same_scalars(a: &GroupEntry, b: &GroupEntry) -> bool {
+    let maximize = |e: &GroupEntry| e.scheme.flags & MAXIMIZE;
+    maximize(a) == maximize(b)
+        && match (a.step, b.step) {
+            (StepSource::Value(ours), StepSource::Value(theirs)) => ours.scalars == theirs.scalars,
+            (StepSource::Device(ours), StepSource::Device(theirs)) => ours == theirs,
+            _ => false,
+        }
 }
 
 /// One launch, while it is put together.
@@ -60,7 +67,7 @@ pub struct Group {
     pub blocks: u32,
     /// Dynamic shared memory.
     pub shared_bytes: u32,
-    step: KernelScalars,
+    step: KernelStep,
     problems: Vec<Problem>,
     segments: Vec<FactorPair>,
 }
@@ -72,7 +79,7 @@ impl Group {
             specialisation: Specialisation { group: true, ..launch.specialisation },
             blocks: 0,
             shared_bytes: launch.shared_bytes,
-            step: launch.params.step().value,
+            step: *launch.params.step(),
             problems: Vec::new(),
             segments: Vec::new(),
         }
@@ -93,7 +100,9 @@ impl Group {
     pub fn takes(&self, launch: &Launch) -> bool {
         let wanted = Specialisation { group: true, ..launch.specialisation };
         let step = launch.params.step();
-        self.specialisation == wanted && step.device == 0 && self.step.same_step(&step.value)
+        self.specialisation == wanted
+            && self.step.device == step.device
+            && self.step.value.same_step(&step.value)
     }
 
     /// Adds a weight whose work [`Group::takes`]; false where there is no room.
@@ -150,7 +159,7 @@ impl Group {
 
 /// Weights that one kernel can update with the same scalars.
 struct Bucket<'a> {
-    scheme: &'a Scheme,
+    first: GroupEntry<'a>,
     /// The scheme's part of them.
     defines: Vec<String>,
     /// Decides who is taken.
@@ -171,10 +180,9 @@ impl Bucket<'_> {
 }
 
 /// An entry's launch, where it is one for a group.
-fn plan(gpu: &Gpu, mainloop: Mainloop, entry: &GroupEntry) -> Option<Launch> {
+fn plan(gpu: &Gpu, mainloop: Mainloop, entry: &GroupEntry, scalars: DevicePtr) -> Option<Launch> {
     let limits = Limits::of(gpu);
-    let StepSource::Value(step) = &entry.step else { return None };
-    if !is_small(entry.shard, limits.sm_count, mainloop) || !has_scalars(entry.scheme) {
+    if !is_small(entry.shard, limits.sm_count, mainloop) {
         return None;
     }
     let call = sm80::Call {
@@ -184,7 +192,7 @@ fn plan(gpu: &Gpu, mainloop: Mainloop, entry: &GroupEntry) -> Option<Launch> {
         accumulator: entry.accumulator,
         arrays: Some(entry.arrays),
         mode: Mode::Update,
-        step: KernelStep::from(step),
+        step: reduce::step_at(entry.scheme, entry.step, scalars),
         partials: 0,
     };
     call.plan_with(SMALL_ROWS).filter(|l| l.shared_bytes <= limits.shared_memory_per_block)
@@ -194,22 +202,26 @@ fn buckets<'a>(
     gpu: &Gpu,
     entries: &[GroupEntry<'a>],
     mainloop: impl Fn(&GroupEntry) -> Mainloop,
+    scalars: DevicePtr,
 ) -> Vec<Bucket<'a>> {
     let mut buckets: Vec<Bucket> = Vec::new();
     let limits = Limits::of(gpu);
     for (index, entry) in entries.iter().enumerate() {
-        let Some(launch) = plan(gpu, mainloop(entry), entry) else { continue };
+        let Some(launch) = plan(gpu, mainloop(entry), entry, scalars) else { continue };
         let defines = specialise::update(entry.scheme);
         let dtype = entry.scheme.factor_dtype;
         let same = |b: &&mut Bucket| {
-            b.like.takes(&launch) && b.scheme.factor_dtype == dtype && b.defines == defines
+            b.like.takes(&launch)
+                && same_scalars(&b.first, entry)
+                && b.first.scheme.factor_dtype == dtype
+                && b.defines == defines
         };
         if let Some(bucket) = buckets.iter_mut().find(same) {
             bucket.launches.push((index, launch));
         } else {
             let like = Group::for_launches_like(&launch);
             let launches = vec![(index, launch)];
-            buckets.push(Bucket { scheme: entry.scheme, defines, like, launches });
+            buckets.push(Bucket { first: *entry, defines, like, launches });
         }
     }
     buckets.into_iter().map(|bucket| bucket.cut(&limits)).collect()
@@ -262,15 +274,19 @@ pub unsafe fn enqueue(
     gpu: &Gpu,
     entries: &[GroupEntry],
     mainloop: impl Fn(&GroupEntry) -> Mainloop,
-    partials: DevicePtr,
+    workspace: &Workspace,
     stream: Stream,
 ) -> Result<Vec<bool>> {
     let mut taken = vec![false; entries.len()];
-    let mut due = Due { base: partials, partials: 0, reports: Vec::new(), stream };
-    for bucket in buckets(gpu, entries, mainloop) {
+    let mut due = Due { base: workspace.partials, partials: 0, reports: Vec::new(), stream };
+    for bucket in buckets(gpu, entries, mainloop, workspace.scalars) {
         if bucket.launches.len() < 2 {
             continue;
         }
+        let GroupEntry { scheme, step, .. } = bucket.first;
+        // Each bucket's launches come behind its own prologue, so that one place does for all.
+        // SAFETY: as promised by the caller.
+        unsafe { reduce::prologue(gpu, scheme, step, workspace.scalars, stream)? };
         let mut rest = &bucket.launches[..];
         while !rest.is_empty() {
             let mut group = Group::for_launches_like(&rest[0].1);
@@ -288,7 +304,7 @@ pub unsafe fn enqueue(
                     problem.partials = due.add(launch.whole.tiles(), target);
                     taken[*index] = true;
                 }
-                group.run(gpu, bucket.scheme, stream)?;
+                group.run(gpu, scheme, stream)?;
             }
         }
     }

@@ -316,8 +316,7 @@ impl Backend for Cuda {
         let mainloop = |e: &GroupEntry| self.mainloop(e.scheme, e.factors);
         // SAFETY: as promised by the caller.
         unsafe {
-            let at = workspace.partials;
-            let taken = group::enqueue(&self.gpu, entries, mainloop, at, stream)?;
+            let taken = group::enqueue(&self.gpu, entries, mainloop, &workspace, stream)?;
             for (entry, _) in entries.iter().zip(taken).filter(|(_, taken)| !taken) {
                 self.update_one(entry, false, &workspace, stream)?;
             }

@@ -234,7 +234,7 @@ fn fused_sm80(list: &mut List, target: &Target, work: &Work) {
 /// The updates of many small weights in one launch.
 fn grouped(list: &mut List, target: &Target, work: &Work, mainloop: Mainloop) {
     let scheme = &work.scheme;
-    if mainloop == Mainloop::Panel || !group::has_scalars(scheme) {
+    if mainloop == Mainloop::Panel {
         return;
     }
     let small = work.shards.iter().filter(|s| group::is_small(s, target.sm_count, mainloop));

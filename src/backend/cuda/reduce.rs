@@ -212,8 +212,19 @@ fn prologue_kernel<'a>(name: &'a str, defines: &'a [String], what: &'a str) -> K
     Kernel { source, defines, name, what, grid: [1; 3], block: 1, shared_bytes: 0 }
 }
 
-/// Where the kernels of an update find the scalars of a step: by value, or at `out`, where a kernel
-/// leaves them that this enqueues.
+/// Where the kernels of an update find the scalars of a step: by value, or where [`prologue`] has a kernel
+/// leave them.
+pub fn step_at(scheme: &Scheme, step: &StepSource, out: DevicePtr) -> KernelStep {
+    match step {
+        StepSource::Value(step) if !scheme.rule.user().is_some_and(UserRule::has_per_step) => {
+            KernelStep::from(step)
+        }
+        _ => KernelStep { value: KernelScalars::default(), device: out },
+    }
+}
+
+/// Enqueues the kernel that leaves the scalars at `out`, where the host does not know them. Where the kernels of
+/// the update find them.
 ///
 /// # Safety
 /// The context is current; the memory is valid when the work runs.
@@ -239,12 +250,10 @@ pub unsafe fn prologue(
                 let mut parameters = parameters!(source, parameter, maximize, out);
                 gpu.run(kernel("forge_prologue_of_values"), &mut parameters, stream)?;
             }
-            StepSource::Value(step) => {
-                return Ok(KernelStep::from(&step));
-            }
+            StepSource::Value(_) => {}
         }
     }
-    Ok(KernelStep { value: KernelScalars::default(), device: out })
+    Ok(step_at(scheme, step, out))
 }
 
 /// Compiles the rule that the caller defined, for the errors in it.
