@@ -1,10 +1,10 @@
-"""``python -m forge_train warm``: the package's command line."""
+"""``python -m forge_train``: see :mod:`forge_train.cli`."""
 
 from __future__ import annotations
 
 import sys
 
-from .warm_cli import main
+from .cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import rules
-from ._lib import ForgeError
 from ._types import FP32_PRODUCTS, ROUNDINGS, STATE_FORMATS, WEIGHT_FORMATS, LinearSpec
 from .model_shapes import Shape, shapes_of
 from .warm import Kernel, warm
@@ -49,13 +48,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m forge_train",
-        description="FORGE's tools.",
-        allow_abbrev=False,
-    )
-    tool = parser.add_subparsers(dest="tool", required=True, metavar="warm").add_parser(
+def add_to(tools: Any) -> None:
+    """Add the tool to those of the command line."""
+    tool = tools.add_parser(
         "warm",
         help="compile GPU kernels ahead of time",
         description=_DESCRIPTION,
@@ -122,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tool.add_argument("--cache-dir", type=Path, help="(default: as a run's)")
     tool.add_argument("--threads", type=_count, default=None, help="(default: one for each core)")
-    return parser
+    tool.set_defaults(run=run)
 
 
 def _rule(name: str, options: Sequence[str]) -> rules.Rule:
@@ -191,7 +186,8 @@ class _Table:
         print(f"{did:8} {seconds:>6}  {kernel.what}", flush=True)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
+    """Compile, and print what was compiled; 0."""
     begin = time.monotonic()
     table, nvrtc = _Table(), (0, 0)
     for spec in _specs(arguments):
@@ -215,14 +211,4 @@ def _run(arguments: argparse.Namespace) -> None:
         f"{compiled} compiled, {len(kernels) - compiled} present, "
         f"{time.monotonic() - begin:.1f} s; NVRTC {nvrtc[0]}.{nvrtc[1]}; {directory}"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 1 with a sentence on stderr."""
-    arguments = _parser().parse_args(argv)
-    try:
-        _run(arguments)
-    except (ForgeError, ValueError, OSError) as error:
-        print(f"forge_train warm: {error}", file=sys.stderr)
-        return 1
     return 0

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 
 from forge_train import AdamW, Context, ForgeArgumentError, ForgeBackendError, LinearSpec, warm
+from forge_train.cli import main
 from forge_train.model_shapes import shapes_of
-from forge_train.warm_cli import main
 
 # fp32 factors on sm_80: eight small kernels.
 SMALL = ["warm", "--arch", "sm_80", "--weight-format", "fp32", "--shape", "256x128"]
