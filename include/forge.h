@@ -257,8 +257,9 @@ enum forge_fp32_products
   // CPU backend.
   FORGE_FP32_EXACT = 0,
   // By tensor cores, about three times as fast: each factor is split into two bf16, and of their four
-  // products three are summed in fp32. What is left out of a product is at most 3·2⁻¹⁶ of it. Factors of
-  // 3.39e38 and more count as infinite.
+  // products three are summed in fp32. What is left out of a product is at most 3·2⁻¹⁶ of it. Factors
+  // beyond 3.396e38 count as infinite. Factors whose address or rows are no multiples of 16 bytes, and
+  // more than 32 segments, are multiplied exactly all the same.
   FORGE_FP32_BF16X3 = 1,
 };
 #ifndef __cplusplus
@@ -582,7 +583,7 @@ typedef int32_t (*forge_rule_function)(void *user, const forge_rule_tile *tile);
 // gradient times grad_scale; `w` and the states, to be updated; `step`, from 1, the hyper-parameters and
 // the per-step values, as fp32 constants. `a * b + c` is rounded twice, as written; `fmaf` once. CUDA's
 // mathematical functions are there; of the library `root(x)` and `quotient(a, b)`, which are IEEE's
-// with fp32 factors and else within 2 ulp and cheaper. Loops count between numbers,
+// with exact fp32 factors and else within 2 ulp and cheaper. Loops count between numbers,
 // `for (int i = 0; i < 8; ++i)`.
 //
 // `cpu_function` does the same on the CPU backend, a tile at a time.

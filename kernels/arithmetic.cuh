@@ -4,8 +4,8 @@
 
 namespace forge {
 
-// FORGE_EXACT, for fp32 factors, whose products are exact in the same sense (kernels/exact.cu):
-// IEEE's, so that every element gets the bits that the CPU backend gives it.
+// FORGE_EXACT, for fp32 factors that are not split, whose products are exact in the same sense
+// (kernels/exact.cu): IEEE's, so that every element gets the bits that the CPU backend gives it.
 #if FORGE_EXACT
 constexpr bool EXACT = true;
 FORGE_DEVICE float root(float x) { return __fsqrt_rn(x); }

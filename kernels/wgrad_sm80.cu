@@ -3,8 +3,8 @@
 //
 // A block of four warps multiplies a tile of dW in registers, looks there whether it is finite,
 // puts it into the shared memory that its factors had, and applies the rule from there with the
-// element-wise kernel's code: so with its bits. Two blocks share a multiprocessor: while one
-// multiplies, the other waits for its weights and states.
+// element-wise kernel's code: so with its bits. Two blocks or three share a multiprocessor: while
+// one multiplies, the others wait for their weights and states.
 //
 // Deterministic: each element of dW sums its tokens in order in one accumulator.
 #include "elementwise.cuh"
@@ -82,14 +82,15 @@ FORGE_DEVICE Values take(float *tile, const Part &part, u32 pass, u32 i) {
     return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
 
-FORGE_DEVICE bool is_bad(double sum, bool bad) {
-    return MODE == Mode::Norm ? !is_finite(sum) : bad;
+// A norm is of dW itself.
+FORGE_DEVICE float seen_scale(const StepScalars &step) {
+    return MODE == Mode::Norm ? 1.0f : step.grad_scale;
 }
 
 // Of the parts of a tile, from registers: which are to be left alone, a bit for each. `partials`:
 // the first part's, others `apart`; null: not wanted.
-FORGE_DEVICE u32 judge(const Accumulators &acc, const StepScalars &step, u32 parts, double *sums,
-                       u32 *flags, TilePartial *partials, u64 apart) {
+FORGE_DEVICE u32 judge_registers(const Accumulators &acc, const StepScalars &step, u32 parts,
+                                 double *sums, u32 *flags, TilePartial *partials, u64 apart) {
     constexpr u32 WARPS = THREADS / 32 / PARTS; // of a part
     const u32 warp = threadIdx.x / 32;
     Sight sight;
@@ -99,7 +100,7 @@ FORGE_DEVICE u32 judge(const Accumulators &acc, const StepScalars &step, u32 par
 #pragma unroll
         for (int j = 0; j < ACROSS * 4; ++j)
             values[j] = acc[i][j / 4][j % 4];
-        sight.add(values, MODE == Mode::Norm ? 1.0f : step.grad_scale);
+        sight.add(values, seen_scale(step));
     }
     const bool bad = __any_sync(0xFFFFFFFFu, sight.bad);
 #pragma unroll
@@ -120,7 +121,6 @@ FORGE_DEVICE u32 judge(const Accumulators &acc, const StepScalars &step, u32 par
             sum += sums[part * WARPS + i];
             any |= flags[part * WARPS + i];
         }
-        any = is_bad(sum, any != 0) ? 1u : 0u;
         skips |= any << part;
         if (threadIdx.x == 0 && part < parts && partials != nullptr)
             partials[part * apart] = {sum, any, 0u};
@@ -157,15 +157,11 @@ FORGE_DEVICE u32 add_and_judge(const Problem &p, const StepScalars &step, u64 ro
                     *run_in(dw, part, pass, i, 1) = halves[1];
                 }
                 if constexpr (MODE != Mode::Accumulate)
-                    sight.add(run.value, MODE == Mode::Norm ? 1.0f : step.grad_scale);
+                    sight.add(run.value, seen_scale(step));
             }
         if constexpr (MODE != Mode::Accumulate) {
             TilePartial *partial = partials != nullptr ? partials + index * apart : nullptr;
-            const bool bad = __syncthreads_or(sight.bad);
-            const double sum = block_sum<THREADS>(sight.squares, sums);
-            if (threadIdx.x == 0 && partial != nullptr)
-                *partial = {sum, is_bad(sum, bad) ? 1u : 0u, 0u};
-            skips |= static_cast<u32>(bad) << index;
+            skips |= static_cast<u32>(judge<THREADS>(sight, sums, partial)) << index;
         }
     }
     return skips;
@@ -189,7 +185,7 @@ FORGE_DEVICE void consume(const Problem &p, const StepScalars &step, u64 row, u6
         __syncthreads();
         skips = add_and_judge(p, step, row, col, parts, tile, sums, partials, apart);
     } else {
-        skips = judge(acc, step, parts, sums, flags, partials, apart);
+        skips = judge_registers(acc, step, parts, sums, flags, partials, apart);
     }
     if constexpr (MODE == Mode::Update) {
         const Part part(p.shard, {0, 0, p.shard.rows, p.shard.cols}, row, col);

@@ -151,6 +151,25 @@ fn a_gradient_that_overflows_when_scaled_is_left_alone() {
     assert!(told[0].nonfinite == 1 && told[0].sum_of_squares.is_finite(), "{told:?}");
 }
 
+/// Squares that overflow fp32: the sum is told all the same, and nothing is left alone.
+#[test]
+fn large_gradients_are_summed_and_applied() {
+    for accumulator in [false, true] {
+        let check = adamw(WEIGHTS[0], STATES[0], Dtype::Bf16, WHOLE_RUNS, (128, accumulator));
+        let mut r = Random(3);
+        let mut segments = check.shape.segments(&mut r, Dtype::Bf16);
+        for segment in &mut segments {
+            let large: Vec<f32> = segment.dy.values.iter().map(|v| v * 1e25).collect();
+            segment.dy = Factor::of(&large, check.shape.rows, Dtype::Bf16);
+        }
+        let outcome = check.run_with(&segments, &mut r);
+        let told: f64 = outcome.partials.iter().map(|p| p.sum_of_squares).sum();
+        let exact: f64 = outcome.gradient.iter().map(|g| f64::from(*g).powi(2)).sum();
+        assert!((told - exact).abs() <= 1e-5 * exact && exact > 1e50, "{told} {exact}");
+        assert!(outcome.partials.iter().all(|p| p.nonfinite == 0));
+    }
+}
+
 /// The scalars of a step from device memory, and a report from the partials.
 #[test]
 fn a_captured_step_and_its_report() {

@@ -242,17 +242,19 @@ const NO_BUFFER: forge_buffer = forge_buffer { data: null_mut(), bytes: 0 };
 #[test]
 #[ignore = "run by what_was_warmed_is_all_that_a_run_asks_for"]
 fn warm_and_run() {
-    use {forge_dtype::*, forge_state_format::*};
+    use {forge_dtype::*, forge_fp32_products::*, forge_state_format::*};
     let architecture = std::env::var("FORGE_TEST_ARCHITECTURE").unwrap();
     let name = CString::new(architecture.clone()).unwrap();
     let cache = CString::new(path("FORGE_TEST_CACHE").to_str().unwrap()).unwrap();
     let context = context();
-    for (rule, factor, state, segments) in [
-        (c"adamw", FORGE_DTYPE_BF16, FORGE_STATE_Q8, 3),
-        (c"adamw", FORGE_DTYPE_BF16, FORGE_STATE_BF16, 1),
-        (c"lion", FORGE_DTYPE_F32, FORGE_STATE_F32, 2),
+    for (rule, factor, products, state, segments) in [
+        (c"adamw", FORGE_DTYPE_BF16, FORGE_FP32_EXACT, FORGE_STATE_Q8, 3),
+        (c"adamw", FORGE_DTYPE_BF16, FORGE_FP32_EXACT, FORGE_STATE_BF16, 1),
+        (c"lion", FORGE_DTYPE_F32, FORGE_FP32_EXACT, FORGE_STATE_F32, 2),
+        (c"adamw", FORGE_DTYPE_F32, FORGE_FP32_BF16X3, FORGE_STATE_F32, 2),
     ] {
-        let linear = config(rule, factor, state);
+        let mut linear = config(rule, factor, state);
+        linear.fp32_products = products as u32;
         let mut warm: forge_warm_config = sized();
         (warm.linear, warm.tokens, warm.micro_batches) = (&linear, TOKENS, segments);
         let mut here = warm;
@@ -274,6 +276,11 @@ fn warm_and_run() {
         let launched = launches().split_off(before);
         let fused = launched.iter().any(|name| name == "forge_wgrad_sm90");
         assert_eq!(fused, architecture == "sm_90a" && factor == FORGE_DTYPE_BF16, "{launched:?}");
+        // Factors that are split have the kernel of 8.0 on every GPU; exact ones have none.
+        let fused = launched.iter().any(|name| name == "forge_wgrad_sm80");
+        let expected =
+            products == FORGE_FP32_BF16X3 || architecture != "sm_90a" && factor == FORGE_DTYPE_BF16;
+        assert_eq!(fused, expected, "{launched:?}");
         for name in ["forge_elementwise", "forge_export", "forge_import", "forge_bias"] {
             assert!(launched.iter().any(|l| l == name), "no {name} in {launched:?}");
         }
@@ -349,6 +356,26 @@ fn update_forty_layers() {
     });
     ok(status);
     assert_eq!(launched[..few.len() + 1], [&["forge_prologue"], &few[..]].concat());
+    // Of two places: each prologue before its own weights, since both leave constants at one place.
+    let other = device(size_of::<forge_step_scalars>() as u64).data;
+    let two: Vec<forge_step> = (0..layers.len())
+        .map(|k| {
+            let mut step = steps[k];
+            if k % 2 == 1 {
+                step.device_scalars = other.cast();
+            }
+            step
+        })
+        .collect();
+    let (status, launched) = group(&|layer| {
+        let index = layers.iter().position(|l| l.linear == layer.linear).unwrap();
+        let mut call = layer.update_of(1, NO_BUFFER);
+        call.step = &two[index];
+        call
+    });
+    ok(status);
+    let one = ["forge_prologue", few[0]];
+    assert_eq!(launched, [one, one].concat());
     // Nobody asked for a report.
     let (status, launched) = group(&|layer| layer.update_of(1, NO_BUFFER));
     ok(status);

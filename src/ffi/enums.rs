@@ -138,8 +138,9 @@ pub enum forge_fp32_products {
     /// CPU backend.
     FORGE_FP32_EXACT = 0,
     /// By tensor cores, about three times as fast: each factor is split into two bf16, and of their four
-    /// products three are summed in fp32. What is left out of a product is at most 3·2⁻¹⁶ of it. Factors of
-    /// 3.39e38 and more count as infinite.
+    /// products three are summed in fp32. What is left out of a product is at most 3·2⁻¹⁶ of it. Factors
+    /// beyond 3.396e38 count as infinite. Factors whose address or rows are no multiples of 16 bytes, and
+    /// more than 32 segments, are multiplied exactly all the same.
     FORGE_FP32_BF16X3 = 1,
 }
 

@@ -96,7 +96,7 @@ pub struct forge_rule_info {
 /// gradient times grad_scale; `w` and the states, to be updated; `step`, from 1, the hyper-parameters and
 /// the per-step values, as fp32 constants. `a * b + c` is rounded twice, as written; `fmaf` once. CUDA's
 /// mathematical functions are there; of the library `root(x)` and `quotient(a, b)`, which are IEEE's
-/// with fp32 factors and else within 2 ulp and cheaper. Loops count between numbers,
+/// with exact fp32 factors and else within 2 ulp and cheaper. Loops count between numbers,
 /// `for (int i = 0; i < 8; ++i)`.
 ///
 /// `cpu_function` does the same on the CPU backend, a tile at a time.

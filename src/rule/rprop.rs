@@ -45,8 +45,7 @@ impl Rule for Rprop {
         c[4] = h[STEP_MIN] as f32;
         c[5] = h[STEP_MAX] as f32;
         // For CUDA's form without comparisons.
-        c[6] = c[2] - 1.0;
-        c[7] = c[3] - 1.0;
+        c[6] = c[3] - 1.0;
         c
     }
 

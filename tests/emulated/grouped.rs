@@ -63,8 +63,14 @@ impl One {
     }
 }
 
-/// Weights of one kernel: together and alone, with their reports.
+/// Weights of one kernel: together and alone, with their reports, in tiles of both heights.
 fn check(shapes: &[Shape], buffer: bool) {
+    for tile_rows in [64, 128] {
+        check_in(shapes, buffer, tile_rows);
+    }
+}
+
+fn check_in(shapes: &[Shape], buffer: bool, tile_rows: u32) {
     let mut r = Random(11);
     let mut all: Vec<One> = Vec::new();
     for (k, shape) in shapes.iter().enumerate() {
@@ -73,7 +79,7 @@ fn check(shapes: &[Shape], buffer: bool) {
     let mut alone = Vec::new();
     for one in &mut all {
         let (mut memory, mut partials) = (one.before.clone(), one.partials());
-        let launch = one.launch(&mut memory, partials.address());
+        let launch = one.launch(&mut memory, partials.address()).cut(tile_rows);
         let told = fused(&one.scheme, &launch, &mut partials, Order::Ascending);
         alone.push((memory, told));
     }
@@ -89,7 +95,8 @@ fn check(shapes: &[Shape], buffer: bool) {
                 Some(device) => KernelStep { device, ..KernelStep::default() },
                 None => KernelStep::from(&one.step()),
             };
-            let launch = one.launch_with(&mut memories[k], partials[k].address(), step);
+            let at = partials[k].address();
+            let launch = one.launch_with(&mut memories[k], at, step).cut(tile_rows);
             let group = group.get_or_insert_with(|| Group::for_launches_like(&launch));
             assert!(group.takes(&launch) && group.add(&launch));
         }

@@ -83,7 +83,12 @@ def test_a_captured_group_takes_its_scalars_from_memory(monkeypatch):
             stream = first.context.stream()
             check(lib.forge_linear_update_group(handles, updates, LAYERS, stream), "group")
 
-    update()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        update()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if "forge_" in event.name]
+    assert len(names) == 2 and "forge_prologue" in names[0] and "forge_wgrad_sm80" in names[1]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         update()

@@ -98,8 +98,9 @@ impl Nvrtc {
                 library.get(b"nvrtcVersion\0").map_err(text)?;
             let (mut major, mut minor) = (0, 0);
             version(&mut major, &mut minor);
-            if major < 12 {
-                return Err(format!("NVRTC {major}.{minor}; 12.0 or newer is needed"));
+            // The first that takes more than 4 KiB of kernel parameters.
+            if (major, minor) < (12, 1) {
+                return Err(format!("NVRTC {major}.{minor}; 12.1 or newer is needed"));
             }
             let nvrtc = Self {
                 version: (major, minor),

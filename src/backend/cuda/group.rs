@@ -36,8 +36,8 @@ const _: () = assert!(size_of::<Params>() == 32760 && size_of::<Problem>() == 12
 /// Rows of a tile, while weights are put together.
 const SMALL_ROWS: u32 = 64;
 
-/// Whether a shard is too small to fill a GPU alone: its tiles are fewer than the blocks that run at once,
-/// two on a multiprocessor; for the larger tiles of 9.0's own kernel, half of that.
+/// Whether a shard is too small to fill a GPU alone: it has fewer than two tiles for each multiprocessor, or
+/// one where 9.0's own kernel with its larger ones would take it.
 pub fn is_small(shard: &Shard, sm_count: u32, mainloop: Mainloop) -> bool {
     let tiles = Region::whole(shard).tiles();
     match mainloop {

@@ -223,8 +223,8 @@ pub fn step_at(scheme: &Scheme, step: &StepSource, out: DevicePtr) -> KernelStep
     }
 }
 
-/// Enqueues the kernel that leaves the scalars at `out`, where the host does not know them. Where the kernels of
-/// the update find them.
+/// Enqueues the kernel that leaves the scalars at `out`, where the host does not know them. Returns where
+/// the kernels of the update find them.
 ///
 /// # Safety
 /// The context is current; the memory is valid when the work runs.

@@ -131,7 +131,7 @@ impl Limits {
     }
 }
 
-/// Bytes of dynamic shared memory: `forge::SHARED_BYTES`.
+/// Bytes of dynamic shared memory: the larger of `forge::FACTOR_BYTES` and `forge::TILE_BYTES`.
 pub fn shared_bytes(tile_rows: u32) -> u32 {
     let cols = TILE_COLS as u32;
     let stages = if tile_rows == 128 { 4 } else { 3 };

@@ -43,6 +43,8 @@ pub const HEADERS: &[Source] = &[
     source!("rules/rprop.cuh"),
     source!("rules/sgd.cuh"),
     source!("rules/signum.cuh"),
+    source!("runs.cuh"),
+    source!("run_draws.cuh"),
     source!("elementwise.cuh"),
     source!("mma.cuh"),
     source!("launch_sm80.cuh"),
