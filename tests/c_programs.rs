@@ -98,6 +98,11 @@ fn train_two_layer() {
 }
 
 #[test]
+fn fp32_products() {
+    build_and_run("fp32_products.c");
+}
+
+#[test]
 fn update_group() {
     build_and_run("update_group.c");
 }
@@ -168,6 +173,7 @@ fn every_program_is_a_test() {
         "doc_example.c",
         "errors.c",
         "fork.c",
+        "fp32_products.c",
         "host_comm.cpp",
         "threads.c",
         "train_two_layer.c",
