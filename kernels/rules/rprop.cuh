@@ -39,8 +39,9 @@ struct Rprop {
     }
 
     // The same but that denormals count as zeros, as they do for a root, and that an infinite
-    // gradient which turns becomes NaN: signs become zeros and ones by products that saturate. Comparisons, selections and the logic of bits take a pipe of
-    // half the width of that of products, and were a quarter of the rule's time.
+    // gradient which turns becomes NaN: signs become zeros and ones by products that saturate.
+    // Comparisons, selections and the logic of bits take a pipe of half the width of that of
+    // products, and were a quarter of the rule's time.
     FORGE_DEVICE static void by_saturation(const float *c, float g, float &w, float *s) {
         constexpr float LARGE = 8.507059e37f; // 2^126
         // 0, ½ or 1; so −1, 0 or 1.
