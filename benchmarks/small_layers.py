@@ -68,7 +68,7 @@ class Chain:
 
     def update(self) -> None:
         """Queue the update of all layers, in one call."""
-        from forge_train._lib import check, ffi, lib
+        from forge_train.native import update_together
 
         calls, kept = [], []
         for linear, storage, segment in zip(
@@ -77,12 +77,7 @@ class Chain:
             call, pointed_to = linear.update_struct([segment], storage, self.scalars)
             calls.append(call)
             kept.append(pointed_to)
-        context = self.linears[0].context
-        linears = ffi.new("forge_linear *[]", [linear.handle for linear in self.linears])
-        updates = ffi.new("forge_update *[]", calls)
-        with context.current():
-            status = lib.forge_linear_update_group(linears, updates, len(calls), context.stream())
-            check(status, "update of all layers")
+        update_together(self.linears, calls)
 
     def both(self) -> None:
         """Queue a backward and an update."""

@@ -238,8 +238,8 @@ class Engine:
                 together.setdefault(weight.linear.context, []).append((weight, scalars, report))
             else:
                 weight.apply(scalars, report)
-        for context, entries in together.items():
-            apply_together(context, entries)
+        for entries in together.values():
+            apply_together(entries)
         return self._nonfinite_tiles(weight for weight, _scalars in work)
 
     def _nonfinite_tiles(self, updated: Iterable[Weight]) -> dict[str, int]:

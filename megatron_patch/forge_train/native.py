@@ -11,7 +11,7 @@ from ._lib import (
     ForgeRuleError,
     version,
 )
-from ._linear import Linear
+from ._linear import Linear, update_together
 from ._types import (
     Layout,
     LinearSpec,
@@ -43,5 +43,6 @@ __all__ = [
     "Segment",
     "Storage",
     "default_context",
+    "update_together",
     "version",
 ]

@@ -12,9 +12,7 @@ from weakref import WeakSet
 
 import torch
 
-from ._context import Context
-from ._lib import check, ffi, lib
-from ._linear import Linear
+from ._linear import Linear, update_together
 from ._structs import struct_at
 from ._types import Norm, Plan, Report, Scalars, Segment
 
@@ -211,9 +209,7 @@ class FusedWeight(Weight):
         return self.accumulator if self.accumulated else None
 
 
-def apply_together(
-    context: Context, work: Sequence[tuple[FusedWeight, Scalars, torch.Tensor]]
-) -> None:
+def apply_together(work: Sequence[tuple[FusedWeight, Scalars, torch.Tensor]]) -> None:
     """Update weights of one context in one call, which lets small ones share launches.
 
     Each comes with its scalars and the row of ``DeviceStructs`` that takes its report.
@@ -227,11 +223,7 @@ def apply_together(
         call.device_report = struct_at(report, "forge_report", weight.linear.device, what)
         calls.append(call)
         pointed_to.append(kept)
-    linears = ffi.new("forge_linear *[]", [weight.linear.handle for weight, _, _ in work])
-    updates = ffi.new("forge_update *[]", calls)
-    with context.current():
-        status = lib.forge_linear_update_group(linears, updates, len(work), context.stream())
-        check(status, ", ".join(weight.name for weight, _, _ in work[:3]))
+    update_together([weight.linear for weight, _, _ in work], calls)
     for weight, scalars, _ in work:
         weight.applied(scalars)
 

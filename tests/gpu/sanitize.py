@@ -15,8 +15,8 @@ import torch
 from gpu_cases import RULES
 
 from forge_train import AdamW, Rule, UserRule
-from forge_train._lib import check, ffi, lib
-from forge_train.native import Linear, LinearSpec, Scalars, Segment, Storage
+from forge_train._lib import ffi
+from forge_train.native import Linear, LinearSpec, Scalars, Segment, Storage, update_together
 
 WEIGHTS = ("bf16", "bf16+16", "bf16+fp32", "fp32")
 STATES = ("bf16", "fp32", "q8")
@@ -65,16 +65,14 @@ def run(
             segment.dy, segment.x, storage, mode="update", need_dbias=True, scalars=scalars
         )
         linear.backward(segment.dy, segment.x, storage, mode="keep")
-    update_together(linear, storage, segments, scalars)
+    update_two(linear, storage, segments, scalars)
     linear.import_weight(storage, linear.export_weight(storage))
     for index in range(len(storage.states)):
         linear.import_state(storage, index, linear.export_state(storage, index))
     torch.cuda.synchronize()
 
 
-def update_together(
-    linear: Linear, storage: Storage, segments: list[Segment], scalars: Scalars
-) -> None:
+def update_two(linear: Linear, storage: Storage, segments: list[Segment], scalars: Scalars) -> None:
     """The grouped update of the linear and of another parameter like it."""
     other = linear.allocate(storage.weight.clone())
     calls = [linear.update_struct(segments, one, scalars) for one in (storage, other)]
@@ -82,11 +80,7 @@ def update_together(
     reports = [torch.zeros(size, dtype=torch.uint8).cuda() for _ in calls]
     for (call, _), report in zip(calls, reports, strict=True):
         call.device_report = ffi.cast("forge_report *", report.data_ptr())
-    linears = ffi.new("forge_linear *[]", [linear.handle] * 2)
-    updates = ffi.new("forge_update *[]", [call for call, _ in calls])
-    context = linear.context
-    with context.current():
-        check(lib.forge_linear_update_group(linears, updates, 2, context.stream()), "group")
+    update_together([linear] * 2, [call for call, _ in calls])
     torch.cuda.synchronize()
 
 

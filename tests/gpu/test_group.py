@@ -8,8 +8,7 @@ from gpu_cases import DEVICE, assert_same_bits, needs_gpu
 
 import forge_train
 from forge_train import AdamW
-from forge_train._lib import check, ffi, lib
-from forge_train.native import Linear, LinearSpec, Segment
+from forge_train.native import Linear, LinearSpec, Segment, update_together
 
 pytestmark = needs_gpu
 LAYERS = 40
@@ -77,11 +76,7 @@ def test_a_captured_group_takes_its_scalars_from_memory(monkeypatch):
     def update() -> None:
         work = zip(linears, segments, ours, strict=True)
         calls = [one.update_struct([segment], to, in_memory) for one, segment, to in work]
-        handles = ffi.new("forge_linear *[]", [linear.handle for linear in linears])
-        updates = ffi.new("forge_update *[]", [call for call, _ in calls])
-        with first.context.current():
-            stream = first.context.stream()
-            check(lib.forge_linear_update_group(handles, updates, LAYERS, stream), "group")
+        update_together(linears, [call for call, _ in calls])
 
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:

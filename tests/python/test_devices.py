@@ -26,9 +26,9 @@ def test_weights_of_a_step_are_updated_together(monkeypatch):
     counts: list[int] = []
     together = forge_train.engine.apply_together
 
-    def counted(context, work):
+    def counted(work):
         counts.append(len(work))
-        together(context, work)
+        together(work)
 
     monkeypatch.setattr(forge_train.engine, "apply_together", counted)
     model = mlp()
