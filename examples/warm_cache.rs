@@ -76,6 +76,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                         whole_draws: true,
                         device_step: false,
                         segments: 1,
+                        group: false,
                     };
                     let options = options("sm_90a", &specialisation.defines(&scheme));
                     match nvrtc.compile(WGRAD_SM90, &options, &line) {

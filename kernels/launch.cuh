@@ -5,7 +5,15 @@
 #include "philox.cuh"
 #include "ptx.cuh"
 
+#ifndef FORGE_GROUP
+#define FORGE_GROUP 0
+#endif
+
 namespace forge {
+
+// A launch is of one weight, or of many of one shape and one place in the global matrix, each of
+// which is too small to fill a GPU. They lie below each other then, as if they were one.
+constexpr bool GROUPED = FORGE_GROUP != 0;
 
 // A tile's rows are two accumulators of 64.
 constexpr int HALVES = 2, TILE_ROWS = 64 * HALVES;
@@ -56,7 +64,31 @@ constexpr u32 SHARED_BYTES = SCALARS_AT + sizeof(Scalars);
 static_assert(SHARED_BYTES <= 227 * 1024 && (!any_q8() || TILE_COLS == 128),
               "policy.rs keeps to this");
 
+// Where a weight of a group has its maps: those of arrays, of q8 states' scales, of dY and of X.
+constexpr int arrays_before(int array) {
+    int count = 0;
+    for (int i = 0; i < array; ++i)
+        count += array_spec(i).bytes > 0 ? 1 : 0;
+    return count;
+}
+constexpr int scales_before(int state) {
+    int count = arrays_before(N_ARRAYS);
+    for (int i = 0; i < state; ++i)
+        count += is_q8(i) ? 1 : 0;
+    return count;
+}
+constexpr int MAP_DY = 2 * scales_before(3), MAP_X = MAP_DY + 1, MAPS = MAP_X + 1;
+
+// A weight of a group; kernels/group_maps.cu makes it.
+struct alignas(128) GroupWeight {
+    TensorMap maps[MAPS];
+    u32 parameter; // its id: the second word of the Philox key
+};
+
 struct Params {
+#if FORGE_GROUP
+    const GroupWeight *weights;
+#else
     // Of each streamed array two: its rows 0..7 and its rows 8..15 of every 16. backend::cuda::sm90
     // makes them.
     TensorMap arrays[N_ARRAYS][2];
@@ -64,10 +96,11 @@ struct Params {
     TensorMap scales[3][2];
     TensorMap dy[FORGE_MAX_SEGMENTS];
     TensorMap x[FORGE_MAX_SEGMENTS];
+#endif
     u32 token_blocks[FORGE_MAX_SEGMENTS]; // of TILE_TOKENS
     u32 n_segments;
-    u32 rows; // of W
-    u32 tiles_m;
+    u32 rows;    // of W
+    u32 tiles_m; // below each other, of all weights
     // See Walk. Whole tiles beside each other and how many places of them there are; columns of
     // narrow tiles right of them; how many places there are in all.
     u32 whole_cols, whole_places, narrow_cols, places;
@@ -88,7 +121,55 @@ struct Params {
 struct TilePlace {
     u32 row, col; // of W
     bool narrow;
+    u32 weight; // of a group
 };
+
+#if FORGE_GROUP
+template <int ARRAY>
+FORGE_DEVICE const TensorMap *array_map(const Params &p, const TilePlace &tile, u32 row8) {
+    return &p.weights[tile.weight].maps[2 * arrays_before(ARRAY) + row8];
+}
+template <int STATE>
+FORGE_DEVICE const TensorMap *scale_map(const Params &p, const TilePlace &tile, u32 row8) {
+    return &p.weights[tile.weight].maps[2 * scales_before(STATE) + row8];
+}
+FORGE_DEVICE const TensorMap *dy_map(const Params &p, const TilePlace &tile, u32) {
+    return &p.weights[tile.weight].maps[MAP_DY];
+}
+FORGE_DEVICE const TensorMap *x_map(const Params &p, const TilePlace &tile, u32) {
+    return &p.weights[tile.weight].maps[MAP_X];
+}
+// Maps that another kernel has written are to be fetched again, where an older one was at their
+// place; by the thread that uses them.
+template <int FIRST, int END> FORGE_DEVICE void fetch_maps(const Params &p, const TilePlace &tile) {
+#pragma unroll
+    for (int i = FIRST; i < END; ++i)
+        tensor_map_acquire(&p.weights[tile.weight].maps[i]);
+}
+FORGE_DEVICE void fetch_factor_maps(const Params &p, const TilePlace &tile) {
+    fetch_maps<MAP_DY, MAPS>(p, tile);
+}
+FORGE_DEVICE void fetch_array_maps(const Params &p, const TilePlace &tile) {
+    fetch_maps<0, MAP_DY>(p, tile);
+}
+#else
+template <int ARRAY>
+FORGE_DEVICE const TensorMap *array_map(const Params &p, const TilePlace &, u32 row8) {
+    return &p.arrays[ARRAY][row8];
+}
+template <int STATE>
+FORGE_DEVICE const TensorMap *scale_map(const Params &p, const TilePlace &, u32 row8) {
+    return &p.scales[STATE][row8];
+}
+FORGE_DEVICE const TensorMap *dy_map(const Params &p, const TilePlace &, u32 segment) {
+    return &p.dy[segment];
+}
+FORGE_DEVICE const TensorMap *x_map(const Params &p, const TilePlace &, u32 segment) {
+    return &p.x[segment];
+}
+FORGE_DEVICE void fetch_factor_maps(const Params &, const TilePlace &) {}
+FORGE_DEVICE void fetch_array_maps(const Params &, const TilePlace &) {}
+#endif
 
 // What a block walks through: every `step`-th place from `first` on. A place is a tile, or with
 // clusters CLUSTER tiles below each other, one for each block; the last of them may lie outside W.
@@ -108,8 +189,8 @@ struct Walk {
             const u32 cut = (rows_of_places * p.whole_cols - p.whole_places) * NARROW_PER_TILE;
             if (index >= cut) {
                 const u32 edge = index - cut;
-                return {row(edge % rows_of_places),
-                        p.whole_cols * TILE_COLS + edge / rows_of_places * NARROW_COLS, true};
+                return placed(p, row(edge % rows_of_places),
+                              p.whole_cols * TILE_COLS + edge / rows_of_places * NARROW_COLS, true);
             }
             place = p.whole_places + index / NARROW_PER_TILE;
             within_tile = index % NARROW_PER_TILE * NARROW_COLS;
@@ -121,11 +202,17 @@ struct Walk {
         const u32 first_row = group * p.group_m;
         const u32 height = min(p.group_m, rows_of_places - first_row);
         const u32 m = first_row + within % height, n = within / height;
-        return {row(m), (group % 2 == 0 ? n : p.whole_cols - 1 - n) * TILE_COLS + within_tile,
-                narrow};
+        return placed(p, row(m),
+                      (group % 2 == 0 ? n : p.whole_cols - 1 - n) * TILE_COLS + within_tile,
+                      narrow);
     }
 
   private:
+    FORGE_DEVICE static TilePlace placed(const Params &p, u32 row, u32 col, bool narrow) {
+        if constexpr (GROUPED)
+            return {row % p.rows, col, narrow, row / p.rows};
+        return {row, col, narrow, 0};
+    }
     FORGE_DEVICE static u32 row(u32 place_row) {
         return (CLUSTER > 1 ? place_row * CLUSTER + cluster_rank() : place_row) * TILE_ROWS;
     }

@@ -20,12 +20,14 @@ struct RoundKeys {
     u32 key[PHILOX_ROUNDS][2];
 };
 
+FORGE_DEVICE u32 second_key(u32 parameter, u32 round) { return parameter + round * 0xBB67AE85u; }
+
 FORGE_DEVICE RoundKeys round_keys(const StepScalars &s) {
     RoundKeys keys;
 #pragma unroll
     for (u32 round = 0; round < PHILOX_ROUNDS; ++round) {
         keys.key[round][0] = s.key[0] + round * 0x9E3779B9u;
-        keys.key[round][1] = s.key[1] + round * 0xBB67AE85u;
+        keys.key[round][1] = second_key(s.key[1], round);
     }
     return keys;
 }

@@ -19,9 +19,11 @@ FORGE_DEVICE void load_factors(const Params &p, u8 *shared, u32 full, u32 empty)
         // must not push them out. What the last wave leaves behind is of no use to anybody.
         const bool last_wave = place - walk.first + walk.step >= walk.places;
         const u64 policy = last_wave ? L2_LET_GO : L2_KEEP;
+        if (leader)
+            fetch_factor_maps(p, tile);
         for (u32 segment = 0; segment < p.n_segments; ++segment) {
-            const TensorMap *dy = &p.dy[segment];
-            const TensorMap *x = &p.x[segment];
+            const TensorMap *dy = dy_map(p, tile, segment);
+            const TensorMap *x = x_map(p, tile, segment);
             const u32 blocks = p.token_blocks[segment];
 #pragma unroll 1
             for (u32 block = 0; block < blocks; ++block) {
@@ -55,21 +57,22 @@ FORGE_DEVICE void load_factors(const Params &p, u8 *shared, u32 full, u32 empty)
     }
 }
 
-// The part of chunk `chunk` of the tile at (row, col) that array ARRAY has. Coordinates: a map
+// The part of chunk `chunk` of a tile that array ARRAY has. Coordinates: a map
 // holds every second 8 rows, as groups of 8 (two-byte and one-byte arrays) or of 2 × 4 rows, the
 // two 4 apart, which interleaves them in shared memory (four-byte arrays; see pair_offset).
 template <int ARRAY, bool LOAD>
-FORGE_DEVICE void move_chunk(const Params &p, u32 slot, u32 barrier, u32 row, u32 col, u32 chunk) {
+FORGE_DEVICE void move_chunk(const Params &p, u32 slot, u32 barrier, const TilePlace &tile,
+                             u32 chunk) {
     constexpr ArraySpec SPEC = array_spec(ARRAY);
     if constexpr (LOAD ? SPEC.loads : SPEC.stores) {
         constexpr int COLS = box_cols(SPEC.bytes);
         // Order of chunks: m64 half, 8-row half, columns.
         const u32 half = chunk / (2 * COL_CHUNKS), row8 = chunk / COL_CHUNKS % 2;
-        const i32 group = row / 16 + half * 4;
-        const TensorMap *map = &p.arrays[ARRAY][row8];
+        const i32 group = tile.row / 16 + half * 4;
+        const TensorMap *map = array_map<ARRAY>(p, tile, row8);
 #pragma unroll
         for (int i = 0; i < CHUNK_COLS / COLS; ++i) {
-            const i32 c = col + chunk % COL_CHUNKS * CHUNK_COLS + i * COLS;
+            const i32 c = tile.col + chunk % COL_CHUNKS * CHUNK_COLS + i * COLS;
             const u32 at = slot + array_offset(ARRAY) + i * box_bytes(SPEC.bytes);
             if constexpr (SPEC.bytes == 4) {
                 if constexpr (LOAD)
@@ -87,12 +90,12 @@ FORGE_DEVICE void move_chunk(const Params &p, u32 slot, u32 barrier, u32 row, u3
 }
 
 template <int STATE_INDEX, bool LOAD>
-FORGE_DEVICE void move_scales(const Params &p, u32 scales, u32 barrier, u32 row, u32 col,
+FORGE_DEVICE void move_scales(const Params &p, u32 scales, u32 barrier, const TilePlace &tile,
                               u32 chunk) {
     if constexpr (is_q8(STATE_INDEX)) {
-        const TensorMap *map = &p.scales[STATE_INDEX][chunk / COL_CHUNKS % 2];
-        const i32 group = row / 16 + chunk / (2 * COL_CHUNKS) * 4;
-        const i32 block = (col + chunk % COL_CHUNKS * CHUNK_COLS) / 128;
+        const TensorMap *map = scale_map<STATE_INDEX>(p, tile, chunk / COL_CHUNKS % 2);
+        const i32 group = tile.row / 16 + chunk / (2 * COL_CHUNKS) * 4;
+        const i32 block = (tile.col + chunk % COL_CHUNKS * CHUNK_COLS) / 128;
         const u32 at = scales + STATE_INDEX * SCALE_BYTES;
         if constexpr (LOAD)
             tma_load_3d(at, map, barrier, 0, group, block);
@@ -102,19 +105,19 @@ FORGE_DEVICE void move_scales(const Params &p, u32 scales, u32 barrier, u32 row,
 }
 
 template <bool LOAD>
-FORGE_DEVICE void move_arrays(const Params &p, u32 slot, u32 scales, u32 barrier, u32 row, u32 col,
-                              u32 chunk) {
+FORGE_DEVICE void move_arrays(const Params &p, u32 slot, u32 scales, u32 barrier,
+                              const TilePlace &tile, u32 chunk) {
     if (LOAD)
         barrier_arrive_expect(barrier, SLOT_LOAD_BYTES);
-    move_scales<0, LOAD>(p, scales, barrier, row, col, chunk);
-    move_scales<1, LOAD>(p, scales, barrier, row, col, chunk);
-    move_scales<2, LOAD>(p, scales, barrier, row, col, chunk);
-    move_chunk<0, LOAD>(p, slot, barrier, row, col, chunk);
-    move_chunk<1, LOAD>(p, slot, barrier, row, col, chunk);
-    move_chunk<2, LOAD>(p, slot, barrier, row, col, chunk);
-    move_chunk<3, LOAD>(p, slot, barrier, row, col, chunk);
-    move_chunk<4, LOAD>(p, slot, barrier, row, col, chunk);
-    move_chunk<5, LOAD>(p, slot, barrier, row, col, chunk);
+    move_scales<0, LOAD>(p, scales, barrier, tile, chunk);
+    move_scales<1, LOAD>(p, scales, barrier, tile, chunk);
+    move_scales<2, LOAD>(p, scales, barrier, tile, chunk);
+    move_chunk<0, LOAD>(p, slot, barrier, tile, chunk);
+    move_chunk<1, LOAD>(p, slot, barrier, tile, chunk);
+    move_chunk<2, LOAD>(p, slot, barrier, tile, chunk);
+    move_chunk<3, LOAD>(p, slot, barrier, tile, chunk);
+    move_chunk<4, LOAD>(p, slot, barrier, tile, chunk);
+    move_chunk<5, LOAD>(p, slot, barrier, tile, chunk);
 }
 
 constexpr bool any_store() {
@@ -143,6 +146,8 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
     // Loads run SLOTS chunks ahead of stores, over the seams between tiles.
     u32 load_place = first, load_chunk = 0, store_place = first, store_chunk = 0;
     TilePlace load_tile = walk.tile(p, first), store_tile = load_tile;
+    if (leader)
+        fetch_array_maps(p, load_tile);
     Ring<SLOTS> ring;
 #pragma unroll 1
     for (u32 ahead = 0; store_place < walk.places; ring.advance()) {
@@ -155,8 +160,7 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
             barrier_wait(done + 8 * ring.index, ring.parity ^ 1);
             if constexpr (any_store()) {
                 if (leader) {
-                    move_arrays<false>(p, slot, slot_scales, 0, store_tile.row, store_tile.col,
-                                       store_chunk);
+                    move_arrays<false>(p, slot, slot_scales, 0, store_tile, store_chunk);
                     tma_commit();
                     tma_wait_read<0>();
                 }
@@ -171,13 +175,16 @@ FORGE_DEVICE void stream_arrays(const Params &p, u32 consumer, u32 slots, u32 sc
         }
         if (load_place < walk.places) {
             if (leader)
-                move_arrays<true>(p, slot, slot_scales, full + 8 * ring.index, load_tile.row,
-                                  load_tile.col, load_chunk);
+                move_arrays<true>(p, slot, slot_scales, full + 8 * ring.index, load_tile,
+                                  load_chunk);
             if (!next_chunk(load_chunk, load_tile)) {
                 load_chunk = 0;
                 load_place += CONSUMERS * walk.step;
-                if (load_place < walk.places)
+                if (load_place < walk.places) {
                     load_tile = walk.tile(p, load_place);
+                    if (leader)
+                        fetch_array_maps(p, load_tile);
+                }
             }
         }
     }

@@ -224,6 +224,19 @@ FORGE_DEVICE void tma_store_4d(const TensorMap *map, u32 source, i32 c0, i32 c1,
         "r"(source), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
+// Makes a map in global memory one of another address.
+FORGE_DEVICE void tensor_map_address(TensorMap *map, u64 address) {
+    asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map),
+                 "l"(address)
+                 : "memory");
+}
+// What this thread did to maps comes before a fence of the next kind by who uses them.
+FORGE_DEVICE void tensor_map_release() {
+    asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");
+}
+FORGE_DEVICE void tensor_map_acquire(const TensorMap *map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
 FORGE_DEVICE void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until the sources of all but the last N groups may be overwritten.
 template <int N> FORGE_DEVICE void tma_wait_read() {

@@ -7,25 +7,44 @@ namespace forge {
 
 constexpr int THREADS = 256, REDUCE_THREADS = 1024;
 
-// Σ of all partials, for thread 0: each thread takes every 1024th, then a tree.
-FORGE_DEVICE double sum_of(const TilePartial *partials, u64 count, u64 &nonfinite) {
+// What partials come to.
+struct Sum {
+    double squares = 0.0;
+    u64 nonfinite = 0, tiles = 0;
+};
+
+// Of all, for thread 0: each thread takes every 1024th, then a tree. Partials that count no tiles
+// are one each.
+FORGE_DEVICE Sum sum_of(const TilePartial *partials, u64 count) {
     __shared__ double sums[REDUCE_THREADS / 32];
-    __shared__ u32 bad[REDUCE_THREADS / 32];
+    __shared__ u32 counts[2][REDUCE_THREADS / 32];
     double sum = 0.0;
-    u32 skipped = 0;
+    u32 skipped = 0, tiles = 0;
     for (u64 i = threadIdx.x; i < count; i += REDUCE_THREADS) {
         sum += partials[i].sum_of_squares;
         skipped += partials[i].nonfinite;
+        tiles += partials[i].tiles;
     }
     skipped = __reduce_add_sync(0xFFFFFFFFu, skipped);
-    if (threadIdx.x % 32 == 0)
-        bad[threadIdx.x / 32] = skipped;
-    sum = block_sum<REDUCE_THREADS>(sum, sums);
-    nonfinite = 0;
+    tiles = __reduce_add_sync(0xFFFFFFFFu, tiles);
+    if (threadIdx.x % 32 == 0) {
+        counts[0][threadIdx.x / 32] = skipped;
+        counts[1][threadIdx.x / 32] = tiles;
+    }
+    Sum out;
+    out.squares = block_sum<REDUCE_THREADS>(sum, sums);
     if (threadIdx.x == 0)
-        for (int warp = 0; warp < REDUCE_THREADS / 32; ++warp)
-            nonfinite += bad[warp];
-    return sum;
+        for (int warp = 0; warp < REDUCE_THREADS / 32; ++warp) {
+            out.nonfinite += counts[0][warp];
+            out.tiles += counts[1][warp];
+        }
+    if (out.tiles == 0)
+        out.tiles = count;
+    return out;
+}
+
+FORGE_DEVICE Report report_of(const Sum &sum) {
+    return {sizeof(Report), 0, sum.tiles, sum.nonfinite, sum.squares};
 }
 
 // The reports of a grouped launch; backend::cuda::reduce fills it.
@@ -46,11 +65,9 @@ using namespace forge;
 
 extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
     forge_report(const TilePartial *partials, u64 count, Report *first, Report *second) {
-    u64 nonfinite;
-    const double sum = sum_of(partials, count, nonfinite);
+    const Report report = report_of(sum_of(partials, count));
     if (threadIdx.x != 0)
         return;
-    const Report report = {sizeof(Report), 0, count, nonfinite, sum};
     if (first != nullptr)
         *first = report;
     if (second != nullptr)
@@ -61,19 +78,17 @@ extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
 extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
     forge_reports(const __grid_constant__ Reports all) {
     const ReportOf &one = all.of[blockIdx.x];
-    u64 nonfinite;
-    const double sum = sum_of(one.partials, one.count, nonfinite);
+    const Report report = report_of(sum_of(one.partials, one.count));
     if (threadIdx.x == 0)
-        *one.target = {sizeof(Report), 0, one.count, nonfinite, sum};
+        *one.target = report;
 }
 
 extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
     forge_norm(const TilePartial *partials, u64 count, u32 method, Norm *first, Norm *second) {
-    u64 nonfinite;
-    const double sum = sum_of(partials, count, nonfinite);
+    const Sum sum = sum_of(partials, count);
     if (threadIdx.x != 0)
         return;
-    const Norm norm = norm_of(sum, nonfinite, method);
+    const Norm norm = norm_of(sum.squares, sum.nonfinite, method);
     if (first != nullptr)
         *first = norm;
     if (second != nullptr)

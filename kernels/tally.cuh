@@ -51,6 +51,40 @@ struct LaneTally {
     }
 };
 
+#if FORGE_GROUP
+FORGE_DEVICE RoundKeys keys_of(const Params &p, const RoundKeys &of_all, const TilePlace &tile) {
+    RoundKeys keys = of_all;
+    const u32 parameter = p.weights[tile.weight].parameter;
+#pragma unroll
+    for (u32 round = 0; round < PHILOX_ROUNDS; ++round)
+        keys.key[round][1] = second_key(parameter, round);
+    return keys;
+}
+#else
+FORGE_DEVICE const RoundKeys &keys_of(const Params &, const RoundKeys &of_all, const TilePlace &) {
+    return of_all;
+}
+#endif
+
+// After a tile of a group: each warp's part of what it tells, at a place of its own. There are four
+// for every 64 columns of 128 rows; the tile tells of itself in its first.
+template <int COLS>
+FORGE_DEVICE void tell(const Params &p, const TilePlace &tile, double sum, bool bad) {
+    if (p.partials == nullptr)
+        return;
+    const u32 warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+        sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
+    const u32 across = p.whole_cols * (TILE_COLS / 64) + p.narrow_cols;
+    const u32 row = tile.weight * (p.rows / TILE_ROWS) + tile.row / TILE_ROWS;
+    if (lane < COLS / 64) {
+        const u32 one = lane == 0 && warp == 0 ? 1 : 0;
+        p.partials[4 * (row * across + tile.col / 64 + lane) + warp] = {lane == 0 ? sum : 0.0,
+                                                                        bad ? one : 0, one};
+    }
+}
+
 // Sums the lanes of all warps, always in the same order, and leaves the consumer's partial. Whether
 // it is the last one of all blocks to do so, told to the first warp.
 FORGE_DEVICE bool publish(const Params &p, u32 consumer, Tally &tally, double sum) {

@@ -94,7 +94,8 @@ struct Consumer {
             }
             stage.advance((CONSUMERS - 1) * token_blocks); // those of the others' tiles
         }
-        report(p, number, own_tally(), tally.sum);
+        if constexpr (!GROUPED)
+            report(p, number, own_tally(), tally.sum);
     }
 
   private:
@@ -161,7 +162,8 @@ struct Consumer {
             bad = named_barrier_any(OWN + number, 128, tally.add(acc, step.grad_scale, counts));
         const bool finite = !bad;
         if constexpr (STREAMS) {
-            ChunkUpdate update{step, keys, lane, p.draw_high};
+            const RoundKeys &own_keys = keys_of(p, keys, tile);
+            ChunkUpdate update{step, own_keys, lane, p.draw_high};
             // One body for both m64 halves: unrolled over the whole tile, the code would outgrow
             // the instruction cache, which costs more than moving the second half's accumulators.
 #pragma unroll 1
@@ -180,7 +182,10 @@ struct Consumer {
         }
         if constexpr (GUARDED && ADDS)
             bad = named_barrier_any(OWN + number, 128, bad);
-        if (counts && thread == 0) {
+        if constexpr (GROUPED) {
+            tell<COLS>(p, tile, tally.sum, bad);
+            tally.sum = 0.0;
+        } else if (counts && thread == 0) {
             ++own_tally().tiles;
             own_tally().nonfinite += bad ? 1 : 0;
         }

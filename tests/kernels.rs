@@ -11,7 +11,7 @@ use forge::backend::cuda::compile::{Nvrtc, options};
 use forge::backend::cuda::module::image_key;
 use forge::backend::cuda::sm80;
 use forge::backend::cuda::sm90::policy::choose;
-use forge::backend::cuda::sm90::{MOST_SEGMENTS, Mode, Specialisation, Streams};
+use forge::backend::cuda::sm90::{MOST_SEGMENTS, Mode, Specialisation, Streams, group};
 use forge::backend::cuda::sources::{self, Source};
 use forge::backend::cuda::{Cuda, specialise};
 use forge::backend::{Fp32Products, Scheme};
@@ -60,6 +60,7 @@ fn source_of(name: &str) -> Source {
         sources::BIAS,
         sources::IMAGE,
         sources::PROLOGUE,
+        sources::GROUP_MAPS,
         sources::WGRAD_SM80,
         sources::WGRAD_SM90,
     ];
@@ -135,6 +136,7 @@ fn jobs() -> BTreeSet<Job> {
             add(sources::ELEMENTWISE, defines);
         }
         if architecture == MAIN {
+            add(sources::GROUP_MAPS, vec![]);
             for (scheme, specialisation) in fused() {
                 add(sources::WGRAD_SM90, specialisation.defines(&scheme));
             }
@@ -229,8 +231,14 @@ fn fused() -> Vec<(Scheme, Specialisation)> {
         let streams = Streams { bytes: bytes as u32, q8 };
         let Some(tile) = choose(28672, 4096, tokens, &streams, H200.0, H200.1) else { return };
         let (whole_draws, device_step, segments) = rest;
-        let fused = Specialisation { mode, tile, accumulator, whole_draws, device_step, segments };
+        let group = false;
+        let fused =
+            Specialisation { mode, tile, accumulator, whole_draws, device_step, segments, group };
         out.push((scheme, fused));
+        // With each format in use.
+        if update && tokens == 2048 {
+            out.push((scheme, group::specialisation(fused)));
+        }
     };
     let usual = (true, false, 1);
     // Every format with AdamW and with SGD, the formats in use with the other rules; with AdamW these with

@@ -12,6 +12,7 @@ from forge_train.native import Linear, LinearSpec, Segment, update_together
 
 pytestmark = needs_gpu
 LAYERS = 40
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def _step(schedule: str, micro_batches: int = 1) -> tuple[torch.nn.Module, list[str]]:
@@ -47,28 +48,33 @@ def test_a_shared_launch_gives_the_bits_of_one_for_each(monkeypatch):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_small_weights_share_launches_on_every_gpu(micro_batches):
     _, names = _step("deferred", micro_batches)
-    assert sum("forge_wgrad_sm80" in name for name in names) == 1
-    assert sum("forge_reports" in name for name in names) == 1
-    assert len(names) == 2
+    # 9.0's kernel takes one micro-batch of each; it reads maps that another kernel writes.
+    own = HOPPER and micro_batches == 1
+    updates = ["forge_group_maps", "forge_wgrad_sm90"] if own else ["forge_wgrad_sm80"]
+    expected = [*updates, "forge_reports"]
+    assert len(names) == len(expected)
+    assert all(want in name for want, name in zip(expected, names, strict=True))
 
 
-def test_a_captured_group_takes_its_scalars_from_memory(monkeypatch):
+@pytest.mark.parametrize("mainloop", ["sm80", None], ids=["sm80", "own"])
+def test_a_captured_group_takes_its_scalars_from_memory(monkeypatch, mainloop):
     """A graph of one step's update, replayed for the next: the bits of updates one by one."""
-    monkeypatch.setenv("FORGE_MAINLOOP", "sm80")
+    if mainloop:
+        monkeypatch.setenv("FORGE_MAINLOOP", mainloop)
     torch.manual_seed(2)
     rule = AdamW(lr=1e-2)
     linears, ours, theirs, segments = [], [], [], []
     for index in range(LAYERS):
         spec = LinearSpec(
-            192, 256, rule, factor_dtype=torch.bfloat16, weight_format="bf16",
+            256, 256, rule, factor_dtype=torch.bfloat16, weight_format="bf16",
             state_formats="bf16", parameter_id=3 * index,
         )  # fmt: skip
         linear = Linear(spec, name=f"layer {index}", device=torch.device(DEVICE))
-        weight = torch.randn(192, 256, device=DEVICE).bfloat16()
+        weight = torch.randn(256, 256, device=DEVICE).bfloat16()
         linears.append(linear)
         ours.append(linear.allocate(weight))
         theirs.append(linear.allocate(weight.clone()))
-        dy, x = (torch.randn(100, n, device=DEVICE).bfloat16() for n in (192, 256))
+        dy, x = (torch.randn(100, 256, device=DEVICE).bfloat16() for _ in range(2))
         segments.append(Segment.of(dy, x))
     first = linears[0]
     in_memory = first.device_scalars(first.scalars(rule.options, step=1, seed=3))
@@ -83,7 +89,8 @@ def test_a_captured_group_takes_its_scalars_from_memory(monkeypatch):
         update()
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if "forge_" in event.name]
-    assert len(names) == 2 and "forge_prologue" in names[0] and "forge_wgrad_sm80" in names[1]
+    kernel = "forge_wgrad_sm90" if HOPPER and not mainloop else "forge_wgrad_sm80"
+    assert "forge_prologue" in names[0] and kernel in names[-1] and len(names) <= 3
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         update()
@@ -96,3 +103,57 @@ def test_a_captured_group_takes_its_scalars_from_memory(monkeypatch):
             one = linear.device_scalars(linear.scalars(rule.options, step=step, seed=3))
             linear.update([segments[index]], theirs[index], one)
         assert_same_bits(ours[index], theirs[index], f"layer {index}")
+
+
+@pytest.mark.skipif(not HOPPER, reason="9.0's own kernel")
+@pytest.mark.parametrize(
+    "formats",
+    [("bf16", "bf16"), ("bf16", "q8"), ("bf16+fp32", "fp32"), ("bf16+16", "q8"), ("fp32", "fp32")],
+    ids="-".join,
+)
+@pytest.mark.parametrize("shape", [(256, 512), (512, 384), (768, 192), (384, 960)], ids=str)
+@pytest.mark.parametrize("tokens", [64, 2100])
+def test_a_group_on_hopper_is_each_of_its_weights(formats, shape, tokens):
+    """Weights, states and reports; 40 weights, one of them with a gradient that is not finite."""
+    from forge_train._lib import ffi
+
+    weight_format, state_format = formats
+    if state_format == "q8" and shape[1] % 128:
+        pytest.skip("panels take it")
+    torch.manual_seed(1)
+    rule = AdamW(lr=1e-2)
+    linears, ours, theirs, segments = [], [], [], []
+    for index in range(LAYERS):
+        spec = LinearSpec(
+            *shape, rule, factor_dtype=torch.bfloat16, weight_format=weight_format,
+            state_formats=state_format, parameter_id=7 * index, state_rounding="stochastic",
+        )  # fmt: skip
+        linear = Linear(spec, name=f"layer {index}", device=torch.device(DEVICE))
+        weight = torch.randn(shape, device=DEVICE).to(
+            torch.float32 if weight_format == "fp32" else torch.bfloat16
+        )
+        dy, x = (torch.randn(tokens, n, device=DEVICE).bfloat16() for n in shape)
+        if index == 11:
+            dy[3, 130] = float("inf")
+        linears.append(linear)
+        ours.append(linear.allocate(weight))
+        theirs.append(linear.allocate(weight.clone()))
+        segments.append(Segment.of(dy, x))
+    size = ffi.sizeof("forge_report")
+    for step in (1, 2):
+        scalars = linears[0].scalars(rule.options, step=step, seed=3, grad_scale=0.5)
+        calls, kept, reports = [], [], []
+        for linear, storage, segment in zip(linears, ours, segments, strict=True):
+            call, pointed_to = linear.update_struct([segment], storage, scalars)
+            reports.append(torch.zeros(size, dtype=torch.uint8, device=DEVICE))
+            call.device_report = ffi.cast("forge_report *", reports[-1].data_ptr())
+            calls.append(call)
+            kept.append(pointed_to)
+        update_together(linears, calls)
+        for index, linear in enumerate(linears):
+            report = linear.update([segments[index]], theirs[index], scalars)
+            assert_same_bits(ours[index], theirs[index], f"layer {index}, step {step}")
+            told = ffi.from_buffer("forge_report *", bytes(reports[index].cpu().numpy()))
+            assert told.tiles > 0 and (told.nonfinite_tiles > 0) == (index == 11)
+            if index != 11:
+                assert told.sum_of_squares == pytest.approx(report.sum_of_squares, rel=1e-6)

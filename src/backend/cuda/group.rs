@@ -1,6 +1,6 @@
 //! Updates of many small weights in few launches: a weight with fewer tiles than the GPU works on at once
-//! leaves most of it idle, and so does the time between two launches. The kernel is that of [`sm80`] on
-//! every capability, since the persistent one of 9.0 wants many tiles of one weight.
+//! leaves most of it idle, and so does the time between two launches. Weights of one shape share launches of
+//! 9.0's kernel there ([`sm90::group`]); others, and all on other GPUs, those of [`sm80`].
 
 use super::super::{GroupEntry, Scheme, Shard, StepSource, Stream};
 use super::driver::{DevicePtr, parameters};
@@ -9,9 +9,11 @@ use super::mainloop::Mainloop;
 use super::parameters::{KernelStep, Region};
 use super::reduce::{self, MOST_REPORTS, ReportOf};
 use super::sm80::{self, FactorPair, Launch, Limits, Mode, Problem, Specialisation};
+use super::sm90;
 use super::workspace::{MOST_PARTIALS, Workspace};
 use super::{grid, sources, specialise};
 use crate::error::Result;
+use crate::format::Dtype;
 use crate::rule::MAXIMIZE;
 
 /// Problems and segments share them; with the rest [`Params`] is 32760 bytes, of the 32764 that a driver
@@ -203,10 +205,11 @@ fn buckets<'a>(
     entries: &[GroupEntry<'a>],
     mainloop: impl Fn(&GroupEntry) -> Mainloop,
     scalars: DevicePtr,
+    taken: &[bool],
 ) -> Vec<Bucket<'a>> {
     let mut buckets: Vec<Bucket> = Vec::new();
     let limits = Limits::of(gpu);
-    for (index, entry) in entries.iter().enumerate() {
+    for (index, entry) in entries.iter().enumerate().filter(|(index, _)| !taken[*index]) {
         let Some(launch) = plan(gpu, mainloop(entry), entry, scalars) else { continue };
         let defines = specialise::update(entry.scheme);
         let dtype = entry.scheme.factor_dtype;
@@ -247,6 +250,20 @@ impl Due {
         partials
     }
 
+    /// The same for each of some weights, one behind the other; 0 where nobody asked for any.
+    fn add_all(&mut self, each: u64, targets: &[DevicePtr]) -> DevicePtr {
+        if targets.iter().all(|target| *target == 0) {
+            return 0;
+        }
+        let first = self.base + 16 * self.partials;
+        for (target, k) in targets.iter().zip(0..).filter(|(target, _)| **target != 0) {
+            let partials = first + 16 * each * k;
+            self.reports.push(ReportOf { partials, count: each, target: *target });
+        }
+        self.partials += each * targets.len() as u64;
+        first
+    }
+
     /// Whether one more launch of weights with so many tiles may not fit.
     fn is_full_for(&self, tiles: u64, reports: usize) -> bool {
         self.partials + tiles > MOST_PARTIALS || self.reports.len() + reports > MOST_REPORTS
@@ -265,6 +282,81 @@ impl Due {
     }
 }
 
+/// Weights that one launch of the kernel of 9.0 can have.
+struct Alike<'a> {
+    first: GroupEntry<'a>,
+    defines: Vec<String>,
+    dtype: Dtype,
+    ones: Vec<(usize, sm90::group::One<'a>)>,
+}
+
+/// What the kernel of 9.0 takes: weights of one shape.
+fn alike<'a>(
+    gpu: &'a Gpu,
+    entries: &[GroupEntry<'a>],
+    mainloop: impl Fn(&GroupEntry) -> Mainloop,
+    scalars: DevicePtr,
+) -> Vec<Alike<'a>> {
+    let mut kinds: Vec<Alike> = Vec::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let small = is_small(entry.shard, gpu.properties().sm_count, Mainloop::Sm90);
+        if !small || mainloop(entry) != Mainloop::Sm90 {
+            continue;
+        }
+        let step = reduce::step_at(entry.scheme, entry.step, scalars);
+        let Some(one) = sm90::group::One::new(gpu, entry, step) else { continue };
+        let (defines, dtype) = (specialise::update(entry.scheme), entry.scheme.factor_dtype);
+        let like = |k: &&mut Alike| {
+            k.dtype == dtype
+                && same_scalars(&k.first, entry)
+                && k.ones[0].1.is_like(&one)
+                && k.defines == defines
+        };
+        match kinds.iter_mut().find(like) {
+            Some(kind) => kind.ones.push((index, one)),
+            None => kinds.push(Alike { first: *entry, defines, dtype, ones: vec![(index, one)] }),
+        }
+    }
+    kinds.retain(|kind| kind.ones.len() > 1);
+    kinds
+}
+
+/// Enqueues what the kernel of 9.0 takes of them; which entries that were.
+///
+/// # Safety
+/// As [`enqueue`].
+unsafe fn enqueue_sm90(
+    gpu: &Gpu,
+    entries: &[GroupEntry],
+    mainloop: impl Fn(&GroupEntry) -> Mainloop,
+    workspace: &Workspace,
+    due: &mut Due,
+) -> Result<Vec<bool>> {
+    let mut taken = vec![false; entries.len()];
+    for Alike { first, ones, .. } in &alike(gpu, entries, mainloop, workspace.scalars) {
+        let launches = ones.len().div_ceil(ones[0].1.room());
+        let stream = due.stream;
+        // SAFETY: as promised by the caller.
+        unsafe { reduce::prologue(gpu, first.scheme, first.step, workspace.scalars, stream)? };
+        // About as many in each.
+        for now in ones.chunks(ones.len().div_ceil(launches)) {
+            let targets: Vec<DevicePtr> =
+                now.iter().map(|(index, _)| entries[*index].device_report as DevicePtr).collect();
+            let group: Vec<_> = now.iter().map(|(_, one)| one).collect();
+            // SAFETY: as promised by the caller. Nothing else of this call is in the panel's place.
+            let done = unsafe {
+                if due.is_full_for(sm90::group::most_partials(&group), now.len()) {
+                    due.make(gpu)?;
+                }
+                let partials = |each| due.add_all(each, &targets);
+                sm90::group::enqueue(&group, partials, workspace.panel, stream)?
+            };
+            now.iter().for_each(|(index, _)| taken[*index] = done);
+        }
+    }
+    Ok(taken)
+}
+
 /// Enqueues what several small weights have in common; which entries that were, by index. The others are left
 /// to the caller.
 ///
@@ -277,9 +369,10 @@ pub unsafe fn enqueue(
     workspace: &Workspace,
     stream: Stream,
 ) -> Result<Vec<bool>> {
-    let mut taken = vec![false; entries.len()];
     let mut due = Due { base: workspace.partials, partials: 0, reports: Vec::new(), stream };
-    for bucket in buckets(gpu, entries, mainloop, workspace.scalars) {
+    // SAFETY: as promised by the caller.
+    let mut taken = unsafe { enqueue_sm90(gpu, entries, &mainloop, workspace, &mut due)? };
+    for bucket in buckets(gpu, entries, mainloop, workspace.scalars, &taken) {
         if bucket.launches.len() < 2 {
             continue;
         }

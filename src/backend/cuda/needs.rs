@@ -65,7 +65,10 @@ pub fn needs(target: &Target, work: &Work) -> Vec<Need> {
     let mainloop = Mainloop::of_device(target.capability, &work.scheme);
     grouped(&mut list, target, work, mainloop);
     match mainloop {
-        Mainloop::Sm90 => fused_sm90(&mut list, target, work),
+        Mainloop::Sm90 => {
+            fused_sm90(&mut list, target, work);
+            grouped_sm90(&mut list, target, work);
+        }
         Mainloop::Sm80 => fused_sm80(&mut list, target, work),
         Mainloop::Panel => {}
     }
@@ -180,6 +183,7 @@ fn fused_sm90(list: &mut List, target: &Target, work: &Work) {
                         whole_draws,
                         device_step,
                         segments,
+                        group: false,
                     };
                     let what = format!(
                         "fused {name}, tiles of {}×{}, {}{}{scheme_name}",
@@ -227,6 +231,55 @@ fn fused_sm80(list: &mut List, target: &Target, work: &Work) {
             let ragged = if *vector { "" } else { " (ragged rows)" };
             let what = format!("fused {name}, tiles of {tile_rows}×128{ragged}{scheme_name}");
             list.add(Need::new(sources::WGRAD_SM80, special.defines(scheme), what));
+        }
+    }
+}
+
+/// The updates of many small weights of one shape in one launch, over a micro-batch each.
+fn grouped_sm90(list: &mut List, target: &Target, work: &Work) {
+    let Target { sm_count, shared_memory_per_block: most, .. } = *target;
+    let scheme = &work.scheme;
+    let small = |s: &&Shard| {
+        group::is_small(s, sm_count, Mainloop::Sm90)
+            && sm90::fits(scheme, s)
+            && sm90::group::has_room(s)
+    };
+    let shards: Vec<&Shard> = work.shards.iter().filter(small).collect();
+    if shards.is_empty() && !work.shards.is_empty() {
+        return;
+    }
+    list.add(Need::new(sources::GROUP_MAPS, Vec::new(), "maps of a group"));
+    let steps: &[bool] = if work.device_scalars { &[false, true] } else { &[false] };
+    for (mode, accumulator, name) in FUSED.into_iter().filter(|(m, ..)| *m == Mode::Update) {
+        let streams = Streams::of(scheme, mode, accumulator);
+        let room = sm90::group::room(scheme, accumulator);
+        let mut tiles = Vec::new();
+        for tokens in work.tokens.map_or_else(|| policy::token_counts(&streams), |t| vec![t]) {
+            if shards.is_empty() {
+                let any = policy::candidates(tokens, &streams, most);
+                tiles.extend(any.into_iter().map(sm90::group::without_cluster));
+            }
+            for (shard, weights) in shards.iter().flat_map(|s| (2..=room).map(move |n| (s, n))) {
+                let shape = (shard.rows, shard.cols);
+                let tile = sm90::group::tile(weights, shape, tokens, &streams, sm_count, most);
+                tiles.extend(tile.filter(|tile| !tiles.contains(tile)));
+            }
+        }
+        for (tile, device_step) in tiles.iter().flat_map(|t| steps.iter().map(|s| (*t, *s))) {
+            let one = Specialisation {
+                mode,
+                tile,
+                accumulator,
+                whole_draws: true,
+                device_step,
+                segments: 1,
+                group: false,
+            };
+            let (rows, cols, scheme_name) =
+                (policy::TILE_ROWS, tile.cols, specialise::name(scheme));
+            let what = format!("grouped {name}, tiles of {rows}×{cols}, {scheme_name}");
+            let defines = sm90::group::specialisation(one).defines(scheme);
+            list.add(Need::new(sources::WGRAD_SM90, defines, what));
         }
     }
 }

@@ -74,6 +74,9 @@ pub fn headers(defines: &[String]) -> Vec<Source> {
 /// The fused kernel of compute capability 9.0.
 pub const WGRAD_SM90: Source = source!("wgrad_sm90.cu");
 
+/// The maps of weights that share a launch of it.
+pub const GROUP_MAPS: Source = source!("group_maps.cu");
+
 /// The fused kernel of every compute capability since 8.0.
 pub const WGRAD_SM80: Source = source!("wgrad_sm80.cu");
 

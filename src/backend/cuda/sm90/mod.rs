@@ -1,6 +1,7 @@
 //! The fused kernel of compute capability 9.0, `kernels/wgrad_sm90.cu`. Each function says whether it
 //! took the work: `false` leaves it to the panel path.
 
+pub mod group;
 pub mod policy;
 
 use super::super::{Accumulator, Arrays, Factors, Matrix, Scheme, Shard, Stream};
@@ -71,6 +72,13 @@ struct Params<const SEGMENTS: usize> {
     scales: [[TensorMap; 2]; MAX_STATES],
     dy: [TensorMap; SEGMENTS],
     x: [TensorMap; SEGMENTS],
+    rest: Rest<SEGMENTS>,
+}
+
+/// What lies in it behind the maps.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Rest<const SEGMENTS: usize> {
     token_blocks: [u32; SEGMENTS],
     n_segments: u32,
     rows: u32,
@@ -125,6 +133,8 @@ pub struct Specialisation {
     pub device_step: bool,
     /// Segments that there is room for.
     pub segments: usize,
+    /// Whether a launch is of many weights.
+    pub group: bool,
 }
 
 impl Specialisation {
@@ -152,6 +162,9 @@ impl Specialisation {
         define("CHUNK_COLS", self.tile.chunk_cols);
         define("SLOTS", self.tile.slots);
         define("CLUSTER", self.tile.cluster);
+        if self.group {
+            define("GROUP", 1);
+        }
         out
     }
 }
@@ -187,21 +200,12 @@ pub unsafe fn try_update(
     if !fits(scheme, shard) {
         return Ok(false);
     }
-    let state_formats = &scheme.state_formats[..scheme.n_states];
-    let mut streamed = [None; ARRAYS];
-    let at = |data: *mut u8, dtype| Some(Streamed { data: data as DevicePtr, dtype });
-    streamed[0] = at(arrays.weight, scheme.weight_format.model_dtype());
-    streamed[1] = scheme.weight_format.extra_dtype().and_then(|dtype| at(arrays.extra, dtype));
-    for (k, format) in state_formats.iter().enumerate() {
-        streamed[2 + k] = at(arrays.states[k], format.dtype());
-    }
-    streamed[ACCUMULATOR] = accumulator.and_then(|a| at(a.get().cast(), Dtype::F32));
     let call = Call {
         gpu,
         scheme,
         shard,
         factors: with_tokens(factors),
-        arrays: streamed,
+        arrays: streamed(scheme, accumulator, arrays),
         scales: arrays.scales.map(|s| s as DevicePtr),
         mode: Mode::Update,
         step,
@@ -209,6 +213,23 @@ pub unsafe fn try_update(
     };
     // SAFETY: as promised by the caller.
     unsafe { call.run(stream) }
+}
+
+/// What an update streams.
+fn streamed(
+    scheme: &Scheme,
+    accumulator: Option<Accumulator>,
+    arrays: &Arrays,
+) -> [Option<Streamed>; ARRAYS] {
+    let mut out = [None; ARRAYS];
+    let at = |data: *mut u8, dtype| Some(Streamed { data: data as DevicePtr, dtype });
+    out[0] = at(arrays.weight, scheme.weight_format.model_dtype());
+    out[1] = scheme.weight_format.extra_dtype().and_then(|dtype| at(arrays.extra, dtype));
+    for (k, format) in scheme.state_formats[..scheme.n_states].iter().enumerate() {
+        out[2 + k] = at(arrays.states[k], format.dtype());
+    }
+    out[ACCUMULATOR] = accumulator.and_then(|a| at(a.get().cast(), Dtype::F32));
+    out
 }
 
 /// Rows, columns and tokens: 31 bits in the kernel.
@@ -377,6 +398,7 @@ impl Call<'_> {
             whole_draws: whole_draws(self.shard),
             device_step: self.step.device != 0,
             segments,
+            group: false,
         }
     }
 
@@ -390,41 +412,19 @@ impl Call<'_> {
     ) -> Result<()> {
         let Shard { rows, cols, .. } = *self.shard;
         let sm_count = self.gpu.properties().sm_count;
-        let Plan { whole_cols, whole_places, narrow_cols, places } =
-            plan(tile, rows as u64, cols as u64, sm_count);
-        let scalars = &self.step.value;
+        let plan = plan(tile, rows as u64, cols as u64, sm_count);
+        let group_m = rows_together(tile, rows as u64, cols as u64, self.tokens(), sm_count);
         let mut params = Params::<SEGMENTS> {
             arrays: [[EMPTY; 2]; ARRAYS],
             scales: [[EMPTY; 2]; MAX_STATES],
             dy: [EMPTY; SEGMENTS],
             x: [EMPTY; SEGMENTS],
-            token_blocks: [0; SEGMENTS],
-            n_segments: self.factors.len() as u32,
-            rows: rows as u32,
-            tiles_m: rows.div_ceil(TILE_ROWS as usize) as u32,
-            whole_cols,
-            whole_places,
-            narrow_cols,
-            places,
-            group_m: rows_together(tile, rows as u64, cols as u64, self.tokens(), sm_count),
-            first_index: self.shard.global_index(0, 0),
-            global_cols: self.shard.global_cols,
-            step: self.step,
-            keys: round_keys(scalars.key),
-            reports: self.reports.targets,
-            partials: self.reports.partials,
-            counter: self.reports.counter,
-            method: self.reports.method,
-            draw_high: (first_and_last_call(self.shard).0 >> 32) as u32 & 0x00FF_FFFF,
+            rest: self.rest(tile, &plan, rows, group_m),
         };
-        let half = self.scheme.factor_dtype;
         // SAFETY: as promised by the caller: pointers and sizes of the shard and of its factors.
         unsafe {
             for (k, f) in self.factors.iter().enumerate() {
-                let (dy, x) = (tile.tokens, tile.tokens / tile.cluster);
-                params.dy[k] = factor_map(half, &f.dy, rows, f.tokens, dy)?;
-                params.x[k] = factor_map(half, &f.x, cols, f.tokens, x)?;
-                params.token_blocks[k] = f.tokens.div_ceil(tile.tokens as usize) as u32;
+                (params.dy[k], params.x[k]) = self.factor_maps(f, tile)?;
             }
             for (maps, array) in params.arrays.iter_mut().zip(self.arrays) {
                 if let Some(array) = array {
@@ -432,23 +432,124 @@ impl Call<'_> {
                 }
             }
             for (k, maps) in params.scales.iter_mut().enumerate() {
-                let q8 = self.arrays[2 + k].is_some_and(|a| a.dtype == Dtype::U8);
-                if q8 {
+                if self.is_q8(k) {
                     *maps = scale_maps(self.scales[k], rows, cols)?;
                 }
             }
-            let blocks = (sm_count / tile.cluster).min(places) * tile.cluster;
-            let kernel = Kernel {
-                source: sources::WGRAD_SM90,
-                defines: &self.specialisation(tile, SEGMENTS).defines(self.scheme),
-                name: "forge_wgrad_sm90",
-                what: &specialise::name(self.scheme),
-                grid: [blocks, 1, 1],
-                block: 128 * (CONSUMERS + 1),
-                shared_bytes: shared_bytes(tile, streams),
-            };
-            self.gpu.run(kernel, &mut parameters!(params), stream)
+            let special = self.specialisation(tile, SEGMENTS);
+            self.enqueue(&special, &plan, streams, &mut parameters!(params), stream)
         }
+    }
+
+    /// Boxes of 64 features of a segment's factors.
+    ///
+    /// # Safety
+    /// As [`try_update`].
+    unsafe fn factor_maps(&self, f: &Factors, tile: &Tile) -> Result<(TensorMap, TensorMap)> {
+        let (dtype, shard) = (self.scheme.factor_dtype, self.shard);
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let dy = factor_map(dtype, &f.dy, shard.rows, f.tokens, tile.tokens)?;
+            let x = factor_map(dtype, &f.x, shard.cols, f.tokens, tile.tokens / tile.cluster)?;
+            Ok((dy, x))
+        }
+    }
+
+    /// A weight's maps as a group has them: of its arrays, of q8 states' scales, of dY and of X.
+    ///
+    /// # Safety
+    /// As [`try_update`].
+    unsafe fn maps(&self, tile: &Tile) -> Result<Vec<TensorMap>> {
+        let Shard { rows, cols, .. } = *self.shard;
+        let mut maps = Vec::new();
+        // SAFETY: as promised by the caller.
+        unsafe {
+            for array in self.arrays.into_iter().flatten() {
+                maps.extend(array_maps(array, rows, cols, tile.chunk_cols)?);
+            }
+            for k in (0..MAX_STATES).filter(|k| self.is_q8(*k)) {
+                maps.extend(scale_maps(self.scales[k], rows, cols)?);
+            }
+            for f in &self.factors {
+                let (dy, x) = self.factor_maps(f, tile)?;
+                maps.extend([dy, x]);
+            }
+        }
+        Ok(maps)
+    }
+
+    /// Where each of [`Call::maps`] begins.
+    fn addresses(&self) -> Vec<DevicePtr> {
+        let cols = self.shard.cols;
+        let arrays = self.arrays.iter().flatten().flat_map(|array| array_halves(*array, cols));
+        let scales =
+            (0..MAX_STATES).filter(|k| self.is_q8(*k)).flat_map(|k| scale_halves(self.scales[k]));
+        let factors = self.factors.iter().flat_map(|f| [f.dy.data, f.x.data]);
+        arrays.chain(scales).chain(factors.map(|data| data as DevicePtr)).collect()
+    }
+
+    fn is_q8(&self, state: usize) -> bool {
+        self.arrays[2 + state].is_some_and(|a| a.dtype == Dtype::U8)
+    }
+
+    /// `all_rows`: of all weights of the launch.
+    fn rest<const SEGMENTS: usize>(
+        &self,
+        tile: &Tile,
+        plan: &Plan,
+        all_rows: usize,
+        group_m: u32,
+    ) -> Rest<SEGMENTS> {
+        let mut token_blocks = [0; SEGMENTS];
+        for (to, f) in token_blocks.iter_mut().zip(&self.factors) {
+            *to = f.tokens.div_ceil(tile.tokens as usize) as u32;
+        }
+        Rest {
+            token_blocks,
+            n_segments: self.factors.len() as u32,
+            rows: self.shard.rows as u32,
+            tiles_m: all_rows.div_ceil(TILE_ROWS as usize) as u32,
+            whole_cols: plan.whole_cols,
+            whole_places: plan.whole_places,
+            narrow_cols: plan.narrow_cols,
+            places: plan.places,
+            group_m,
+            first_index: self.shard.global_index(0, 0),
+            global_cols: self.shard.global_cols,
+            step: self.step,
+            keys: round_keys(self.step.value.key),
+            reports: self.reports.targets,
+            partials: self.reports.partials,
+            counter: self.reports.counter,
+            method: self.reports.method,
+            draw_high: (first_and_last_call(self.shard).0 >> 32) as u32 & 0x00FF_FFFF,
+        }
+    }
+
+    /// # Safety
+    /// As [`try_update`]; the parameter is the kernel's of this specialisation.
+    unsafe fn enqueue(
+        &self,
+        special: &Specialisation,
+        plan: &Plan,
+        streams: &Streams,
+        parameters: &mut [*mut std::ffi::c_void],
+        stream: Stream,
+    ) -> Result<()> {
+        let tile = &special.tile;
+        let sm_count = self.gpu.properties().sm_count;
+        let blocks = (sm_count / tile.cluster).min(plan.places) * tile.cluster;
+        let kernel = Kernel {
+            source: sources::WGRAD_SM90,
+            defines: &special.defines(self.scheme),
+            name: "forge_wgrad_sm90",
+            what: &specialise::name(self.scheme),
+            grid: [blocks, 1, 1],
+            block: 128 * (CONSUMERS + 1),
+            shared_bytes: shared_bytes(tile, streams),
+        };
+        // SAFETY: as promised by the caller.
+        unsafe { self.gpu.run(kernel, parameters, stream) }
     }
 }
 
@@ -473,6 +574,16 @@ unsafe fn factor_map(
     unsafe {
         tensor_map(element, factor.data as DevicePtr, &dims, &strides, &[64, tokens], swizzle)
     }
+}
+
+/// Where rows 0..8 of an array begin, and where rows 8..16 do.
+fn array_halves(array: Streamed, cols: usize) -> [DevicePtr; 2] {
+    [array.data, array.data + 8 * (cols * array.dtype.bytes()) as u64]
+}
+
+/// The same of the scales of a q8 state.
+fn scale_halves(scales: DevicePtr) -> [DevicePtr; 2] {
+    [scales, scales + 32]
 }
 
 /// Rows 0..8 and rows 8..16 of every 16 of an array, as `forge::pair_offset` expects them in shared
@@ -500,9 +611,8 @@ unsafe fn array_maps(
     };
     let row = cols as u64 * bytes;
     let mut maps = [EMPTY; 2];
-    for (half, map) in maps.iter_mut().enumerate() {
+    for (half, (map, data)) in maps.iter_mut().zip(array_halves(array, cols)).enumerate() {
         let groups = (rows as u64 / 8 + 1 - half as u64) / 2;
-        let data = array.data + half as u64 * 8 * row;
         // SAFETY: as promised by the caller.
         *map = unsafe {
             if bytes == 4 {
@@ -526,10 +636,9 @@ unsafe fn scale_maps(scales: DevicePtr, rows: usize, cols: usize) -> Result<[Ten
     let element = TensorType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
     let swizzle = Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE;
     let mut maps = [EMPTY; 2];
-    for (half, map) in maps.iter_mut().enumerate() {
+    for (half, (map, data)) in maps.iter_mut().zip(scale_halves(scales)).enumerate() {
         let groups = (rows as u64 / 8 + 1 - half as u64) / 2;
         let dims = [8, groups, cols.div_ceil(128) as u64];
-        let data = scales + 32 * half as u64;
         // SAFETY: as promised by the caller.
         *map = unsafe {
             tensor_map(element, data, &dims, &[64, 4 * rows as u64], &[8, 4, 1], swizzle)?

@@ -135,7 +135,7 @@ pub fn shared_bytes(tile: &Tile, streams: &Streams) -> u32 {
 }
 
 /// Columns of a narrow tile: `forge::NARROW_COLS`.
-const NARROW_COLS: u32 = 64;
+pub const NARROW_COLS: u32 = 64;
 
 /// Which tiles there are: `forge::Walk`. A place is a tile, or a cluster's tiles below each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
