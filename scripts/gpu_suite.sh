@@ -157,7 +157,7 @@ in_parts() {
 }
 
 part_sanitize() {
-    local sanitizer tool tools arguments status runs=()
+    local sanitizer tool tools arguments status runs=() processes=()
     sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
     if [[ ! -x $sanitizer ]]; then
         echo "gpu_suite: compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin" >&2
@@ -170,10 +170,16 @@ part_sanitize() {
         return 1
     }
     read -ra tools <<<"${FORGE_SANITIZER_TOOLS:-memcheck racecheck initcheck synccheck}"
+    # All tools at once: they keep the processors busy, and the GPU is idle most of the time.
+    for tool in "${tools[@]}"; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 in_parts "$out/sanitize_$tool.txt" "$sanitizer" \
+            --tool "$tool" --error-exitcode 9 --print-limit 20 "${arguments[@]}" "$python" &
+        processes+=("$!")
+    done
     for tool in "${tools[@]}"; do
         status=0
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 in_parts "$out/sanitize_$tool.txt" "$sanitizer" \
-            --tool "$tool" --error-exitcode 9 --print-limit 20 "${arguments[@]}" "$python" || status=$?
+        wait "${processes[0]}" || status=$?
+        processes=("${processes[@]:1}")
         runs+=("$tool=$status=$out/sanitize_$tool.txt")
     done
     "$python" benchmarks/suite_summary.py sanitize --out "$out/sanitize.json" \
