@@ -18,32 +18,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from llama_targets import ratio
 from matplotlib.ticker import FuncFormatter, NullLocator
+from plot_labels import label
 
 Row = dict[str, Any]
-LABELS = {
-    "adamw": "torch AdamW, for-loop",
-    "adamw_foreach": "torch AdamW, foreach",
-    "adamw_fused": "torch AdamW, fused",
-    "adamw_in_backward": "torch AdamW, fused, in backward hooks",
-    "flashoptim_release": "FlashOptim, gradient release",
-    "forge": "FORGE",
-}
 # Distinguishable when colour-blind: FORGE warm, the others cold or grey.
 FORGE_COLORS = ("#d1495b", "#edae49", "#8a4f7d", "#f28f79", "#6b4226", "#c9a227")
 PEER_COLORS = ("#4477aa", "#228833", "#66ccee", "#888888", "#bbbbbb", "#33557f")
 MARKERS = "os^DvPX*"
-
-
-def label(row: Row) -> str:
-    """A method in words."""
-    words = LABELS[row["method"]]
-    if row["method"] in ("forge", "flashoptim_release"):
-        words += f", {row['weight_format']} weights, {row['state_format']} states"
-    if row["method"] == "forge":
-        words += f", {row['schedule']}"
-    if row["clip"]:
-        words += ", clipped"
-    return words + (", CUDA graph" if row["graph"] else "")
+# Curves of all would hide one another; the table has the rest.
+CURVES = (
+    "adamw_fused",
+    "adamw_fused:clip",
+    "adamw_in_backward",
+    "flashoptim_release:bf16+8/q8",
+    "forge:bf16/bf16:immediate",
+    "forge:bf16/q8:immediate",
+    "forge:bf16+16/q8:immediate",
+    "forge:bf16/bf16:deferred",
+    "forge:bf16/bf16:deferred:clip",
+)
 
 
 def measured(rows: list[Row]) -> list[Row]:
@@ -86,12 +79,11 @@ def memory(result: Row, rows: list[Row]) -> Any:
         return None
     tokens = min(row["tokens"] for row in rows)
     rows = sorted((r for r in rows if r["tokens"] == tokens), key=lambda row: -row["peak_gb"])
-    palette = colors(rows)
-    figure, axis = plt.subplots(figsize=(9.5, 0.34 * len(rows) + 1.6), layout="constrained")
+    shades = [FORGE_COLORS[0] if row["method"] == "forge" else PEER_COLORS[0] for row in rows]
+    figure, axis = plt.subplots(figsize=(9.5, 0.3 * len(rows) + 1.6), layout="constrained")
     peaks = [row["peak_gb"] for row in rows]
-    bars = axis.barh(
-        [label(row) for row in rows], peaks, color=[palette[row["name"]] for row in rows]
-    )
+    bars = axis.barh([label(row) for row in rows], peaks, color=shades)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.bar_label(bars, [f"{peak:.1f}" for peak in peaks], padding=3, fontsize=8)
     axis.set_xlabel("peak of allocated memory, GB (1e9 bytes)", fontsize=9)
     axis.set_xlim(0, 1.1 * max(peaks))
@@ -104,6 +96,7 @@ def memory(result: Row, rows: list[Row]) -> Any:
 
 def times(result: Row, rows: list[Row]) -> Any:
     """Step times, and below them their ratio to torch's fused AdamW: 1 is the crossover."""
+    rows = [row for row in rows if row["name"] in CURVES] or rows
     palette, names = colors(rows), list(dict.fromkeys(row["name"] for row in rows))
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(9.5, 9.5), sharex=True, layout="constrained"
@@ -116,7 +109,7 @@ def times(result: Row, rows: list[Row]) -> Any:
             "marker": MARKERS[index % len(MARKERS)],
             "markersize": 4,
             "linewidth": 1.2,
-            "linestyle": "--" if own[0]["clip"] else ":" if own[0]["graph"] else "-",
+            "linestyle": "--" if own[0]["clip"] else "-",
         }
         ticks = [row["tokens"] for row in own]
         (lines[name],) = above.plot(ticks, [row["step_ms"] for row in own], **style)
