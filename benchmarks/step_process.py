@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from llama import MODELS, build
 from points import numbers
-from training_methods import Method, Training, batches, capture, select
+from training_methods import Method, Training, batches, select
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ def measure(
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # of a shorter sequence
         torch.cuda.reset_peak_memory_stats()
-    call = capture(step) if training.method.graph else step
+    call = training.captured(ids, labels) if training.method.graph else step
     times, last = step_times(call, options.steps, device)
     found: Row = {
         # A replay allocates nothing; its memory is what the capture took, which is in the peak.

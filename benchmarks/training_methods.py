@@ -104,6 +104,10 @@ def select(patterns: list[str]) -> list[Method]:
     return [m for m in methods if any(fnmatchcase(str(m), pattern) for pattern in patterns)]
 
 
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+CAPTURE_WARM_UP = 3
+
+
 class Training:
     """A model with a method's optimizer.
 
@@ -154,6 +158,24 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def captured(self, ids: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Make a CUDA graph of :meth:`step` on these tensors, after some steps as they are.
+
+        Returns:
+            A function that replays it and returns the graph's loss tensor.
+
+        Raises:
+            RuntimeError: the step waits for the device, or does something else no graph can hold.
+        """
+        if self.method.kind != "forge":
+            return _captured(self.step, ids, labels)
+        import forge_train
+
+        step = forge_train.capture(self.step, self.optimizers[0], warmup=CAPTURE_WARM_UP)
+        for _ in range(CAPTURE_WARM_UP + 1):
+            step(ids, labels)
+        return lambda: step(ids, labels)
 
 
 Options = dict[str, Any]
@@ -207,6 +229,8 @@ def _forge(method: Method, model: nn.Module, options: Options, rest: str) -> lis
 
     if rest == "torch" and method.clip:
         raise ValueError(f"{method}: --rest torch leaves parameters out of the norm")
+    # Only where it is asked for: numbers that stay on the device are another way through a step.
+    capturable = {"capturable": True} if method.graph else {}
     fused = forge_train.fuse(
         model,
         forge_train.AdamW(**options),
@@ -215,6 +239,7 @@ def _forge(method: Method, model: nn.Module, options: Options, rest: str) -> lis
         schedule=method.schedule,
         max_norm=MAX_NORM if method.clip else None,
         rest=rest == "forge",
+        **capturable,
     )
     if rest == "forge":
         return [fused.optimizer]
@@ -223,28 +248,17 @@ def _forge(method: Method, model: nn.Module, options: Options, rest: str) -> lis
     return [fused.optimizer, _adamw(method, left, options, fused=True)]
 
 
-def capture(step: Callable[[], torch.Tensor], warm_up: int = 3) -> Callable[[], torch.Tensor]:
-    """Make one CUDA graph of a training step; the tensors that it reads keep their addresses.
-
-    Args:
-        step: takes nothing, returns the loss.
-        warm_up: steps before the capture, which allocate states and compile kernels.
-
-    Returns:
-        A function that replays the step and returns the graph's loss tensor.
-
-    Raises:
-        RuntimeError: the step waits for the device or does something else that no graph holds.
-    """
+def _captured(step: Step, ids: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The step on these tensors as a CUDA graph; called, it replays."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(warm_up):
-            step()
+        for _ in range(CAPTURE_WARM_UP):
+            step(ids, labels)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = step()
+        loss = step(ids, labels)
 
     def replay() -> torch.Tensor:
         graph.replay()
