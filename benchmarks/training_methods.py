@@ -139,8 +139,8 @@ class Training:
             raise ValueError(f"kind={method.kind!r} of a method is not known")
         clip_here = method.clip and method.kind != "forge"
         self._clipped = list(model.parameters()) if clip_here else []
-        # A hook's optimizers have nothing left to do at the step.
-        self.optimizers: list[Any] = make(method, model, _options(lr), rest)
+        # What works in hooks has nothing left to do at the step, but has to stay alive.
+        self.optimizers, self._kept = make(method, model, _options(lr), rest)
 
     def step(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Forward, backward, clipping, update; returns the detached loss, not waited for.
@@ -179,6 +179,8 @@ class Training:
 
 
 Options = dict[str, Any]
+Made = tuple[list[Any], Any]
+"""Optimizers to step, and what else must not be collected."""
 
 
 def _options(lr: float) -> Options:
@@ -192,12 +194,13 @@ def _adamw(
     return torch.optim.AdamW(parameters, **options, **kind, capturable=method.graph)
 
 
-def _torch_adamw(method: Method, model: nn.Module, options: Options, _rest: str) -> list[Any]:
+def _torch_adamw(method: Method, model: nn.Module, options: Options, _rest: str) -> Made:
     foreach, fused = method.kind == "adamw_foreach", method.kind == "adamw_fused"
-    return [_adamw(method, list(model.parameters()), options, foreach=foreach, fused=fused)]
+    parameters = list(model.parameters())
+    return [_adamw(method, parameters, options, foreach=foreach, fused=fused)], None
 
 
-def _in_backward(method: Method, model: nn.Module, options: Options, _rest: str) -> list[Any]:
+def _in_backward(method: Method, model: nn.Module, options: Options, _rest: str) -> Made:
     def hook_of(optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
         def update(_parameter: torch.Tensor) -> None:
             optimizer.step()
@@ -208,10 +211,10 @@ def _in_backward(method: Method, model: nn.Module, options: Options, _rest: str)
     for parameter in model.parameters():
         optimizer = _adamw(method, [parameter], options, fused=True)
         parameter.register_post_accumulate_grad_hook(hook_of(optimizer))
-    return []
+    return [], None
 
 
-def _flashoptim(method: Method, model: nn.Module, options: Options, _rest: str) -> list[Any]:
+def _flashoptim(method: Method, model: nn.Module, options: Options, _rest: str) -> Made:
     try:
         import flashoptim
     except ImportError as error:
@@ -219,12 +222,12 @@ def _flashoptim(method: Method, model: nn.Module, options: Options, _rest: str) 
     optimizer = flashoptim.FlashAdamW(
         model.parameters(), **options, master_weight_bits=FLASHOPTIM_BITS[method.weight_format]
     )
-    # The hooks step, and let go of each gradient; step and zero_grad do nothing then.
-    flashoptim.enable_gradient_release(model, optimizer)
-    return []
+    # The hooks step, and let go of each gradient; step and zero_grad do nothing then. They refer to
+    # the optimizer weakly: without the handle no weight would be updated, and nothing would say so.
+    return [], flashoptim.enable_gradient_release(model, optimizer)
 
 
-def _forge(method: Method, model: nn.Module, options: Options, rest: str) -> list[Any]:
+def _forge(method: Method, model: nn.Module, options: Options, rest: str) -> Made:
     import forge_train
 
     if rest == "torch" and method.clip:
@@ -242,10 +245,10 @@ def _forge(method: Method, model: nn.Module, options: Options, rest: str) -> lis
         **capturable,
     )
     if rest == "forge":
-        return [fused.optimizer]
+        return [fused.optimizer], fused
     linears = {weight.parameter for weight in fused.engine.fused}
     left = [parameter for parameter in model.parameters() if parameter not in linears]
-    return [fused.optimizer, _adamw(method, left, options, fused=True)]
+    return [fused.optimizer, _adamw(method, left, options, fused=True)], fused
 
 
 def _captured(step: Step, ids: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -90,6 +90,15 @@ def test_a_refusal_is_a_row(tmp_path: Path) -> None:
     assert all("q7" in row["unsupported"] and "times_ms" not in row for row in found)
 
 
+def test_a_method_that_does_not_train_is_found_out() -> None:
+    """An optimizer that was collected, say, or that refers to other weights."""
+    model = llama.build(llama.TINY, device=CPU)
+    training = training_methods.Training(CPU_METHODS[0], model, lr=0.0)
+    _, ids, labels = next(training_methods.batches([16], 256, CPU))
+    row = step_process.measure(training, ids, labels, argparse.Namespace(steps=2, warm_up=1))
+    assert "the loss went from" in row["problem"]
+
+
 def test_torch_may_step_the_rest(tmp_path: Path) -> None:
     (method,) = training_methods.select(["forge:bf16/bf16:immediate"])
     model = llama.build(llama.TINY, device=CPU)
@@ -149,6 +158,22 @@ def test_rounds_are_pooled_within_a_run(tmp_path: Path) -> None:
     (pooled,) = result.rows.values()
     assert pooled["times_ms"] == [100.0, 102.0, 110.0, 112.0] and pooled["step_ms"] == 106.0
     assert pooled["share_of_limit"] == pytest.approx(pooled["limit_ms"] / 106.0)
+
+
+def test_refused_rows_are_kept_until_they_are_retried(tmp_path: Path) -> None:
+    head = {"date": "now", "device": "CPU", "commit": "c"}
+    options = argparse.Namespace(
+        resume=True, retry=False, model="tiny", warm_up=1, steps=1, rest="forge"
+    )
+    path, method = tmp_path / "r.json", training_methods.Method("adamw_fused")
+    result = llama_step.Result(path, head, options)
+    result.add({**step_process.row_of(method, 8), "unsupported": "no reason"})
+    result.write()
+    assert llama_step.Result(path, head, options).has(method, 8)
+    options.retry = True
+    assert not llama_step.Result(path, head, options).has(method, 8)
+    options.retry = False
+    assert not llama_step.Result(path, {**head, "commit": "d"}, options).has(method, 8)
 
 
 # -- its targets, its bound, its pictures -----------------------------------------------------
