@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What the targets ask about first.
 BLOCKS = [[512, 4096], [1024, 2048, 8192]]
 TINY_BLOCKS = [[16, 32]]
-FIELDS = ("method", "tokens", "weight_format", "state_format", "schedule", "clip", "graph")
+FIELDS = ("method", "tokens", "weight_format", "state_format", "schedule", "clip", "graph", "rest")
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -73,7 +73,7 @@ def spawn(method: Method, tokens: list[int], options: argparse.Namespace, limit:
         command = [
             sys.executable, str(Path(__file__).with_name("step_process.py")), str(lines),
             "--method", str(method), "--tokens", ",".join(map(str, tokens)),
-            "--model", options.model, "--device", options.device, "--rest", options.rest,
+            "--model", options.model, "--device", options.device,
             "--steps", str(options.steps), "--warm-up", str(options.warm_up),
         ]  # fmt: skip
         timeout = None if math.isinf(limit) else max(limit, 1.0)
@@ -100,30 +100,31 @@ class Result:
     """
 
     def __init__(self, path: Path, head: Row, options: argparse.Namespace) -> None:
-        """Take the rows of the same commit and model over, if asked to."""
+        """Take the rows of the same commit and conditions over, if asked to."""
         self.path, self.run = path, head["date"]
         self.model, self.device = options.model, head["device"]
-        self.rows: dict[Any, Row] = {}
-        runs: dict[str, Row] = {}
-        if options.resume and path.is_file():
-            old = json.loads(path.read_text())
-            same = all(old[key] == head[key] for key in ("commit", "device"))
-            if same and old["conditions"]["model"] == options.model:
-                kept = [r for r in old["rows"] if not (options.retry and r.get("unsupported"))]
-                self.rows = {(key_of(row), row["run"]): row for row in kept}
-                runs = old["runs"]
-            else:
-                print(f"{path} is of commit {old['commit']}: measured anew")
         conditions = {
             "model": options.model,
             "batch": 1,
             "warm_up": options.warm_up,
             "steps": options.steps,
-            "rest": options.rest,
             "time": "median of steps between CUDA events; spread: quartiles' distance over it",
             "peak": "largest allocation over these steps, GB = 1e9 bytes, GiB = 2**30",
             "data": "one seeded sequence of random ids for each number of tokens",
         }
+        self.rows: dict[Any, Row] = {}
+        runs: dict[str, Row] = {}
+        if options.resume and path.is_file():
+            old = json.loads(path.read_text())
+            same = all(old[key] == head[key] for key in ("commit", "device"))
+            if same and all(old["conditions"][key] == conditions[key] for key in conditions):
+                kept = [r for r in old["rows"] if not (options.retry and r.get("unsupported"))]
+                self.rows = {(key_of(row), row["run"]): row for row in kept}
+                runs = old["runs"]
+            else:
+                print(
+                    f"{path} is of another commit, device or model, or other steps: measured anew"
+                )
         self.head = {**head, "conditions": conditions, "runs": {**runs, self.run: head}}
 
     def has(self, method: Method, tokens: int) -> bool:
@@ -224,12 +225,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="through all methods (default 1)")
     parser.add_argument("--steps", type=int, default=10, help="timed, in each round (default 10)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before (default 3)")
-    parser.add_argument(
-        "--rest",
-        choices=("forge", "torch"),
-        default="forge",
-        help="who updates embeddings and norms beside FORGE's linears (default: fuse's own way)",
-    )
     parser.add_argument("--budget-s", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--resume", action="store_true", help="keep the rows that OUT has")
     parser.add_argument("--retry", action="store_true", help="with --resume: what was refused, too")

@@ -49,6 +49,7 @@ class Target:
             for row in rows
             if row["method"] == "forge"
             and not row["graph"]
+            and row["rest"] == "forge"
             and row.get("step_ms")
             and not row.get("problem")
             and all(row[field] == getattr(self, field) for field in fields)

@@ -23,4 +23,6 @@ def label(row: dict[str, Any]) -> str:
         words += f", {row['schedule']}"
     if row["clip"]:
         words += ", clipped"
+    if row["rest"] == "torch":
+        words += ", the rest by torch"
     return words + (", CUDA graph" if row["graph"] else "")

@@ -27,7 +27,8 @@ def row_of(method: Method, tokens: int) -> Row:
     """A row without figures."""
     formats = {"weight_format": method.weight_format, "state_format": method.state_format}
     flags = {"schedule": method.schedule, "clip": method.clip, "graph": method.graph}
-    return {"name": str(method), "method": method.kind, "tokens": tokens, **formats, **flags}
+    name = {"name": str(method), "method": method.kind, "tokens": tokens}
+    return {**name, **formats, **flags, "rest": method.rest}
 
 
 def step_times(
@@ -92,7 +93,7 @@ def run(method: Method, options: argparse.Namespace) -> None:
     try:
         model = build(config, device=device)
         # Small enough that the loss falls from the first step on, whatever the width.
-        training = Training(method, model, 0.04 / config.hidden_size, options.rest)
+        training = Training(method, model, 0.04 / config.hidden_size)
     except Exception as error:  # a package, a format or memory is missing
         refusal = f"{type(error).__name__}: {error}"
     for tokens, ids, labels in batches(options.tokens, config.vocab_size, device):
@@ -117,7 +118,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=numbers, required=True, metavar="N,...")
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--device", required=True)
-    parser.add_argument("--rest", choices=("forge", "torch"), default="forge")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)
     options = parser.parse_args()

@@ -42,6 +42,8 @@ class Method:
             backward; ``deferred``: at the step, from factors.
         clip: by the global norm over all parameters.
         graph: the whole step is one CUDA graph.
+        rest: for FORGE: who updates embeddings and norms. ``forge``: what ``fuse`` does by itself;
+            ``torch``: torch's fused AdamW, whose gradients are in no norm of FORGE's.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Method:
     schedule: str = "step"
     clip: bool = False
     graph: bool = False
+    rest: str = "forge"
 
     def __str__(self) -> str:
         """The name on the command line; torch's formats and schedules are given by the kind."""
@@ -59,6 +62,7 @@ class Method:
         if self.kind == "forge":
             words.append(self.schedule)
         words += [flag for flag in ("clip", "graph") if getattr(self, flag)]
+        words += [] if self.rest == "forge" else [f"rest-{self.rest}"]
         return ":".join(words)
 
 
@@ -82,6 +86,7 @@ def all_methods() -> list[Method]:
         *clipped[1:3],
         Method("adamw_foreach"),
         Method("adamw"),
+        *(replace(method, rest="torch") for method in immediate[:3]),
         *deferred[1:3],
         *(replace(method, graph=True) for method in (immediate[1], clipped[0])),
         *immediate[3:],
@@ -115,15 +120,13 @@ class Training:
         method: as above.
         model: takes ids and labels, returns the loss; it is trained in place.
         lr: learning rate.
-        rest: for FORGE: who updates embeddings and norms. ``forge``: what ``fuse`` does by itself;
-            ``torch``: torch's fused AdamW, which ``max_norm`` does not see.
 
     Raises:
         ValueError: the method is not known, or clips where its updates come too early.
         ImportError: a package is missing.
     """
 
-    def __init__(self, method: Method, model: nn.Module, lr: float, rest: str = "forge") -> None:
+    def __init__(self, method: Method, model: nn.Module, lr: float) -> None:
         self.method, self.model, self.lr = method, model, lr
         if method.clip and method.schedule == "immediate":
             raise ValueError(f"{method}: updates inside the backward come before the norm is known")
@@ -140,7 +143,7 @@ class Training:
         clip_here = method.clip and method.kind != "forge"
         self._clipped = list(model.parameters()) if clip_here else []
         # What works in hooks has nothing left to do at the step, but has to stay alive.
-        self.optimizers, self._kept = make(method, model, _options(lr), rest)
+        self.optimizers, self._kept = make(method, model, _options(lr))
 
     def step(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Forward, backward, clipping, update; returns the detached loss, not waited for.
@@ -194,13 +197,13 @@ def _adamw(
     return torch.optim.AdamW(parameters, **options, **kind, capturable=method.graph)
 
 
-def _torch_adamw(method: Method, model: nn.Module, options: Options, _rest: str) -> Made:
+def _torch_adamw(method: Method, model: nn.Module, options: Options) -> Made:
     foreach, fused = method.kind == "adamw_foreach", method.kind == "adamw_fused"
     parameters = list(model.parameters())
     return [_adamw(method, parameters, options, foreach=foreach, fused=fused)], None
 
 
-def _in_backward(method: Method, model: nn.Module, options: Options, _rest: str) -> Made:
+def _in_backward(method: Method, model: nn.Module, options: Options) -> Made:
     def hook_of(optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
         def update(_parameter: torch.Tensor) -> None:
             optimizer.step()
@@ -214,7 +217,7 @@ def _in_backward(method: Method, model: nn.Module, options: Options, _rest: str)
     return [], None
 
 
-def _flashoptim(method: Method, model: nn.Module, options: Options, _rest: str) -> Made:
+def _flashoptim(method: Method, model: nn.Module, options: Options) -> Made:
     try:
         import flashoptim
     except ImportError as error:
@@ -227,11 +230,11 @@ def _flashoptim(method: Method, model: nn.Module, options: Options, _rest: str) 
     return [], flashoptim.enable_gradient_release(model, optimizer)
 
 
-def _forge(method: Method, model: nn.Module, options: Options, rest: str) -> Made:
+def _forge(method: Method, model: nn.Module, options: Options) -> Made:
     import forge_train
 
-    if rest == "torch" and method.clip:
-        raise ValueError(f"{method}: --rest torch leaves parameters out of the norm")
+    if method.rest == "torch" and method.clip:
+        raise ValueError(f"{method}: what torch updates would be left out of the norm")
     # Only where it is asked for: numbers that stay on the device are another way through a step.
     capturable = {"capturable": True} if method.graph else {}
     fused = forge_train.fuse(
@@ -241,10 +244,10 @@ def _forge(method: Method, model: nn.Module, options: Options, rest: str) -> Mad
         state_format=method.state_format,
         schedule=method.schedule,
         max_norm=MAX_NORM if method.clip else None,
-        rest=rest == "forge",
+        rest=method.rest == "forge",
         **capturable,
     )
-    if rest == "forge":
+    if method.rest == "forge":
         return [fused.optimizer], fused
     linears = {weight.parameter for weight in fused.engine.fused}
     left = [parameter for parameter in model.parameters() if parameter not in linears]

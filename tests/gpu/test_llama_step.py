@@ -30,7 +30,7 @@ METHODS = [
 
 def _row(method: training_methods.Method, folder: Path) -> dict:
     options = argparse.Namespace(
-        device="cuda", model="tiny", tokens=[128], rest="forge", steps=4, warm_up=2,
+        device="cuda", model="tiny", tokens=[128], steps=4, warm_up=2,
         lines=folder / "lines",
     )  # fmt: skip
     step_process.run(method, options)

@@ -53,7 +53,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     lines = tmp_path_factory.mktemp("rows") / "lines"
     for method in CPU_METHODS:
         options = argparse.Namespace(
-            device="cpu", model="tiny", tokens=[16], rest="forge", steps=4, warm_up=2, lines=lines
+            device="cpu", model="tiny", tokens=[16], steps=4, warm_up=2, lines=lines
         )
         step_process.run(method, options)
     return [json.loads(line) for line in lines.read_text().splitlines()]
@@ -81,7 +81,7 @@ def test_methods_come_close_to_each_other(rows: list[dict]) -> None:
 def test_a_refusal_is_a_row(tmp_path: Path) -> None:
     method = replace(CPU_METHODS[0], kind="forge", state_format="q7", schedule="deferred")
     options = argparse.Namespace(
-        device="cpu", model="tiny", tokens=[8, 16], rest="forge", steps=1, warm_up=1,
+        device="cpu", model="tiny", tokens=[8, 16], steps=1, warm_up=1,
         lines=tmp_path / "lines",
     )  # fmt: skip
     step_process.run(method, options)
@@ -100,16 +100,16 @@ def test_a_method_that_does_not_train_is_found_out() -> None:
 
 
 def test_torch_may_step_the_rest(tmp_path: Path) -> None:
-    (method,) = training_methods.select(["forge:bf16/bf16:immediate"])
+    (method,) = training_methods.select(["forge:bf16/bf16:immediate:rest-torch"])
     model = llama.build(llama.TINY, device=CPU)
-    training = training_methods.Training(method, model, 1e-3, rest="torch")
+    training = training_methods.Training(method, model, 1e-3)
     before = model.model.embed_tokens.weight.detach().clone()
     _, ids, labels = next(training_methods.batches([8], 256, CPU))
     training.step(ids, labels)
     assert not torch.equal(model.model.embed_tokens.weight, before)
     clipped = replace(method, schedule="deferred", clip=True)
-    with pytest.raises(ValueError, match="--rest torch leaves parameters out of the norm"):
-        training_methods.Training(clipped, llama.build(llama.TINY, device=CPU), 1e-3, rest="torch")
+    with pytest.raises(ValueError, match="left out of the norm"):
+        training_methods.Training(clipped, llama.build(llama.TINY, device=CPU), 1e-3)
 
 
 def test_clipping_inside_the_backward_is_refused() -> None:
@@ -148,7 +148,7 @@ def test_a_name_that_is_no_method_is_refused(capsys: pytest.CaptureFixture[str])
 
 def test_rounds_are_pooled_within_a_run(tmp_path: Path) -> None:
     options = argparse.Namespace(
-        resume=False, retry=False, model="llama-3.1-8b", warm_up=3, steps=2, rest="forge"
+        resume=False, retry=False, model="llama-3.1-8b", warm_up=3, steps=2
     )
     head = {"date": "now", "device": "NVIDIA H200", "commit": "c"}
     result = llama_step.Result(tmp_path / "r.json", head, options)
@@ -162,9 +162,7 @@ def test_rounds_are_pooled_within_a_run(tmp_path: Path) -> None:
 
 def test_refused_rows_are_kept_until_they_are_retried(tmp_path: Path) -> None:
     head = {"date": "now", "device": "CPU", "commit": "c"}
-    options = argparse.Namespace(
-        resume=True, retry=False, model="tiny", warm_up=1, steps=1, rest="forge"
-    )
+    options = argparse.Namespace(resume=True, retry=False, model="tiny", warm_up=1, steps=1)
     path, method = tmp_path / "r.json", training_methods.Method("adamw_fused")
     result = llama_step.Result(path, head, options)
     result.add({**step_process.row_of(method, 8), "unsupported": "no reason"})
