@@ -11,7 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "numpy", "cffi", "megatron-core", "nvidia-cublas", "pytest")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "cffi",
+    "megatron-core",
+    "nvidia-cublas",
+    "flashoptim",
+    "pytest",
+)
 
 
 def commit() -> str:

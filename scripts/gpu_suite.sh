@@ -18,6 +18,10 @@ network, on one NVIDIA GPU:
                                                          *.svg, *.png
   train     the demo in fp32 on the CPU and on the GPU → train.json
   all       all four, in this order (default)
+  llama     the next piece of a step of Llama-3.1-8B   → llama_step.json, llama_targets.txt and plots
+  converge  a training in every format, on real text   → convergence.json, convergence_targets.txt and plots
+
+The last two go on where the last run of the same commit stopped.
 
   --wheel FILE  the wheel (default: the newest forge_train-*.whl in dist/)
   --out DIR     where results go (default: benchmarks/results/<device>/)
@@ -29,10 +33,12 @@ Environment:
   PYTHON            interpreter with torch, triton, numpy, pytest and matplotlib (default: python3)
   FORGE_WHEELS      directory of more wheels to install: cffi, megatron-core, whatever is missing
   FORGE_COMMIT      commit to name in the results (default: git's)
-  FORGE_LIMIT_TESTS, FORGE_LIMIT_SANITIZE (each tool), FORGE_LIMIT_BENCH, FORGE_LIMIT_TRAIN
-                    seconds that a part may take (default: 420, 240, 420, 240)
-  FORGE_TEST_ARGS, FORGE_BENCH_ARGS, FORGE_SANITIZER_ARGS
-                    more arguments for pytest, wgrad_update.py and compute-sanitizer
+  FORGE_LIMIT_TESTS, FORGE_LIMIT_SANITIZE (each tool), FORGE_LIMIT_BENCH, FORGE_LIMIT_TRAIN,
+  FORGE_LIMIT_LLAMA, FORGE_LIMIT_CONVERGE
+                    seconds that a part may take (default: 420, 240, 420, 240, 560, 560)
+  FORGE_TEST_ARGS, FORGE_BENCH_ARGS, FORGE_SANITIZER_ARGS, FORGE_LLAMA_ARGS, FORGE_CONVERGE_ARGS
+                    more arguments for pytest, wgrad_update.py, compute-sanitizer, llama_step.py and
+                    convergence.py
   FORGE_SANITIZER_TOOLS
                     which of its tools (default: memcheck racecheck initcheck synccheck)
 USAGE
@@ -57,7 +63,7 @@ while (($#)); do
             usage
             exit 0
             ;;
-        tests | sanitize | bench | train)
+        tests | sanitize | bench | train | llama | converge)
             parts+=("$1")
             shift
             ;;
@@ -225,6 +231,33 @@ part_train() {
     "$python" benchmarks/suite_summary.py train --out "$out/train.json" --limit 1e-4 \
         --conditions "demo, fp32, TP=1, $steps steps, the same seed" \
         "$scratch/runs/cpu" "$scratch/runs/cuda"
+}
+
+# benchmark_of NAME LIMIT TARGETS ARGUMENTS...: what a run of the same commit has not measured yet.
+benchmark_of() {
+    local name=$1 limit=$2 targets=$3 status=0
+    shift 3
+    limited "$limit" "$python" "benchmarks/$name.py" --budget-s "$((limit - 20))" --resume \
+        --out "$out/$name.json" "$@" || status=1
+    if [[ -f $out/$name.json ]]; then
+        limited 60 "$python" "benchmarks/plot_$name.py" "$out/$name.json" || status=1
+        # Missed targets are a result like any other; they do not fail the part.
+        "$python" "benchmarks/$name.py" --check "$out/$name.json" | tee "$out/$targets.txt" || true
+    fi
+    return "$status"
+}
+
+part_llama() {
+    local arguments
+    read -ra arguments <<<"${FORGE_LLAMA_ARGS-}"
+    benchmark_of llama_step "${FORGE_LIMIT_LLAMA:-560}" llama_targets "${arguments[@]}"
+}
+
+part_converge() {
+    local arguments
+    read -ra arguments <<<"${FORGE_CONVERGE_ARGS-}"
+    benchmark_of convergence "${FORGE_LIMIT_CONVERGE:-560}" convergence_targets \
+        "${arguments[@]}"
 }
 
 failed=()

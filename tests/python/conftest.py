@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if "FORGE_LIBRARY" in os.environ or find_spec("forge_train") is None:
     sys.path.insert(0, str(ROOT / "megatron_patch"))
     os.environ.setdefault("FORGE_LIBRARY", str(ROOT / "target" / "release" / "libforge.so"))
+# Last, for some of the benchmarks' modules have names that others may have, too.
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 class Block(torch.nn.Module):
