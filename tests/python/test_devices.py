@@ -24,13 +24,13 @@ def _context(asynchronous: bool) -> Context:
 @pytest.mark.usefixtures("reads")
 def test_weights_of_a_step_are_updated_together(monkeypatch):
     counts: list[int] = []
-    together = forge_train.engine.apply_together
+    together = forge_train.update.apply_together
 
     def counted(work):
         counts.append(len(work))
         together(work)
 
-    monkeypatch.setattr(forge_train.engine, "apply_together", counted)
+    monkeypatch.setattr(forge_train.update, "apply_together", counted)
     model = mlp()
     context = _context(True)
     fused = forge_train.fuse(model, AdamW(lr=1e-2), schedule="deferred", context=context)
