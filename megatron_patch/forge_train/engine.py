@@ -331,8 +331,13 @@ class Engine:
         for weight in self.weights:
             weight.version += 1
 
-    def abandon(self) -> None:
-        """Forget a step whose capture failed; none of its work has run."""
+    def abandon(self, steps: int) -> None:
+        """Forget what a capture has left: pending work, and steps that it counted but did not run.
+
+        Those that a later replay makes are counted by :meth:`replayed`.
+        """
+        self.steps -= steps
+        self.scalars.replayed(-steps)
         for weight in self.fused:
             weight.updated = False
             weight.clear()

@@ -291,6 +291,7 @@ class ScalarTable:
         for weight in self._weights:
             weight.counted += steps
         self._scale, self._behind = None, True
+        self._from_gpu.clear()
 
     def read(self) -> None:
         """Wait for the GPU, where it decided on steps, and take its counts over."""
