@@ -139,8 +139,10 @@ class CapturedStep(Generic[T]):
             engine.abandon(engine.steps - before)
             optimizer.zero_grad()  # gradients in memory of a graph that is none
             optimizer.last = last
+            # Where the function failed, the end of the capture fails as well.
+            first = error.__context__ or error
             raise RuntimeError(
-                f"the step could not be captured in a CUDA graph: {error}. What waits for the GPU "
+                f"the step could not be captured in a CUDA graph: {first}. What waits for the GPU "
                 "cannot be in it: .item(), printing or comparing a tensor of the GPU, copies from "
                 "pageable memory, other optimizers without capturable=True"
             ) from error
