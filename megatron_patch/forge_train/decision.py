@@ -48,8 +48,8 @@ def decide(total: torch.Tensor, grad_scale: float, max_norm: float | None) -> De
         coefficient = torch.full_like(norm, grad_scale)
     if abs(grad_scale) > 1.0:
         # The scaled norm of finite gradients may overflow; nothing is left of them then.
-        coefficient = torch.where(norm < math.inf, coefficient, 0.0)
-    return Decision(total, taken, norm, torch.where(taken, coefficient, math.nan))
+        coefficient = coefficient.masked_fill(norm == math.inf, 0.0)
+    return Decision(total, taken, norm, coefficient.masked_fill(~taken, math.nan))
 
 
 def clip_coefficient(

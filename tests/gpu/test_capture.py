@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,6 +327,59 @@ def test_a_nan_for_grad_scale_leaves_everything_as_it_was(
     # And the same update with a number moves it.
     linear.update(segments, storage, linear.device_scalars(scalars), report=reports.rows[1])
     assert not torch.equal(storage.weight, before.weight)
+
+
+def test_a_capture_by_hand():
+    """The calls of the optimizer that ``forge_train.capture`` makes, as the docs list them."""
+    run = Run("deferred", 0.5, "bf16", "bf16")
+    batches, scales = _batches(6), _scales(6, bad=(4,))
+    made = []
+    for captured in (False, True):
+        model = _model()
+        fused = run.fuse(model)
+        optimizer, plain = fused.optimizer, run.step(model, fused)
+        norms = []
+        static = batches[0].clone(), scales[0].clone()
+        side, graph, template = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None
+        for index, inputs in enumerate(zip(batches, scales, strict=True)):
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.7
+            for buffer, value in zip(static, inputs, strict=True):
+                buffer.copy_(value)
+            if not captured or index < 2:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    plain(*static)
+                torch.cuda.current_stream().wait_stream(side)
+            else:
+                optimizer.before_replay()
+                if template is None:
+                    with torch.cuda.graph(graph, stream=side):
+                        plain(*static)
+                    template = optimizer.last
+                    graph.replay()
+                else:
+                    graph.replay()
+                    optimizer.after_replay(template)
+            norms.append(optimizer.last.norm)
+        assert optimizer.skipped_steps == 1 and fused.engine.steps == 6
+        made.append((fused, norms))
+    assert made[0][1] == made[1][1]
+    _assert_same(made[0][0], made[1][0])
+
+
+def test_the_recipe_of_the_docs_is_captured():
+    page = Path(__file__).resolve().parents[2] / "docs" / "cuda-graphs.md"
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    (recipe,) = (block for block in blocks if "capture(" in block)
+    tokens = torch.randint(0, VOCABULARY, (2, 64))
+    names = {"forge_train": forge_train, "torch": torch, "model": _model()}
+    names["loader"] = [(tokens, tokens)] * 20
+    exec(recipe, names)
+    assert names["step"].graph is not None
+    assert {weight.step for weight in names["fused"].engine.weights} == {20}
+    assert names["optimizer"].last.norm > 0 and names["loss"].isfinite()
 
 
 def test_who_captures_without_capturable_is_told():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 from conftest import (
+    ROOT,
     Transformer,
     assert_same_bits,
     mlp,
@@ -355,6 +357,21 @@ def test_without_a_gpu_a_captured_step_is_the_step():
             losses[-1].append(step(*batch).item())
             scheduler.step()
     assert losses[0] == losses[1] and len(set(losses[0])) == 6
+
+
+def test_the_recipe_of_the_docs_trains():
+    text = (ROOT / "docs" / "cuda-graphs.md").read_text(encoding="utf-8")
+    (recipe,) = (
+        block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "capture(" in block
+    )
+    model = Transformer()
+    tokens = torch.randint(0, 40, (2, 16))
+    names = {"forge_train": forge_train, "torch": torch, "model": model}
+    names["loader"] = [(tokens, tokens)] * 40
+    before = tokens_loss(model, tokens)
+    exec(recipe, names)
+    assert {weight.step for weight in names["fused"].engine.weights} == {40}
+    assert names["loss"] < before and names["optimizer"].param_groups[0]["lr"] < 1e-3
 
 
 def test_what_capture_refuses():
