@@ -266,7 +266,7 @@ class Engine:
         # Under `reduce` every rank has to take part, whatever `auto` chose for its own layers.
         together = not updated or (reduce is not None and self.schedule == "auto")
         if max_norm or (self.check_finite and together):
-            sums = sums_of_squares(pending)
+            sums = sums_of_squares(pending, self.scalars.device)
             total = sums.sum() + extra_sum_of_squares
             if reduce is not None:
                 total = torch.full_like(total, reduce(_number(total)))

@@ -66,12 +66,11 @@ def report_in(words: torch.Tensor, row: int) -> Report:
     return report_of(ffi.cast("forge_report *", own.data_ptr())[0])
 
 
-def sums_of_squares(weights: Sequence[Weight]) -> torch.Tensor:
-    """``Σ dW²`` of what is pending for each weight, fp64 ``[n]`` where the weights are.
+def sums_of_squares(weights: Sequence[Weight], device: torch.device) -> torch.Tensor:
+    """``Σ dW²`` of what is pending for each weight, fp64 ``[n]`` on ``device``, where they are.
 
     The host does not wait. A gradient that is not finite has a sum that is not finite.
     """
-    device = weights[0].linear.device if weights else torch.device("cpu")
     structs = DeviceStructs("forge_norm", len(weights), device)
     for weight, row in zip(weights, structs.rows.unbind(), strict=True):
         weight.norm(row)

@@ -8,6 +8,7 @@ where the updates read them: in rows of one tensor, each a ``forge_step_scalars`
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +23,15 @@ _STEP, _SEED, _SCALE, _HYPER = (
     for field in ("step", "seed", "grad_scale", "hyper")
 )
 _WORDS = ffi.sizeof("forge_step_scalars") // 8
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Seed and options of a row: numbers in the library's order, and tensors in place of None."""
+
+    seed: int
+    hyper: tuple[float | None, ...]
+    on_gpu: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
 
 
 class ScalarTable:
@@ -51,9 +61,10 @@ class ScalarTable:
         self._row: dict[int, int] = {}
         self._members: dict[int, list[Weight]] = {}
         # Of each row: what the options say, and what its memory holds.
-        self._wanted: dict[int, tuple[int, tuple[float, ...]]] = {}
-        self._written: dict[int, tuple[int, tuple[float | None, ...]]] = {}
-        self._from_gpu: set[int] = set()
+        self._wanted: dict[int, _Numbers] = {}
+        self._written: dict[int, _Numbers] = {}
+        # Rows that tensors of options have been copied to in this step.
+        self._copied: set[int] = set()
         self._scale: float | None = None
         # The host's counts are exact until a step is decided on a GPU; then they are upper bounds.
         self._behind = False
@@ -131,7 +142,11 @@ class ScalarTable:
             scalars = weight.linear.scalars(
                 weight.group, step=weight.counted + 1, seed=seed, grad_scale=grad_scale
             )
-            self._wanted[row] = (seed, tuple(scalars.hyper))
+            options = {**weight.linear.spec.rule.options, **weight.group}
+            values = enumerate(raw_values(weight.linear.rule, options))
+            tensors = {index: value.detach() for index, value in values if on_gpu(value)}
+            hyper = (None if i in tensors else value for i, value in enumerate(scalars.hyper))
+            self._wanted[row] = _Numbers(seed, tuple(hyper), tensors)
 
     def take(self, weight: Weight, grad_scale: float | None) -> Scalars | torch.Tensor:
         """What the next update of a weight takes, after :meth:`prepare`: by value, or its row.
@@ -143,52 +158,43 @@ class ScalarTable:
         Raises:
             RuntimeError: a graph is captured, but the numbers are by value or have changed.
         """
-        row = self._row[id(weight)]
-        capturing = self._capturing
+        row, capturing = self._row[id(weight)], self._capturing
+        wanted = self._wanted[row]
         if capturing and not self.in_memory:
             raise RuntimeError(
                 f"{weight.name}: a CUDA graph is captured, which would keep this step's numbers "
                 "for good; use fuse(..., capturable=True)"
             )
-        if not (self.in_memory or self._behind or grad_scale is None or self._gpu_options(weight)):
-            seed, hyper = self._wanted[row]
-            return Scalars(weight.counted + 1, seed, grad_scale, hyper)
-        self._write(row, weight, capturing)
+        if not (self.in_memory or self._behind or grad_scale is None or wanted.on_gpu):
+            return Scalars(weight.counted + 1, wanted.seed, grad_scale, wanted.hyper)
+        self._write(row, capturing)
         if grad_scale is not None:
             self.scale(grad_scale)
         return self._memory()[row]
 
-    def _gpu_options(self, weight: Weight) -> dict[int, torch.Tensor]:
-        """Options of a weight's group that are tensors on the GPU, by their place in ``hyper``."""
-        options = {**weight.linear.spec.rule.options, **weight.group}
-        values = enumerate(raw_values(weight.linear.rule, options))
-        return {index: value for index, value in values if on_gpu(value)}
-
-    def _write(self, row: int, weight: Weight, capturing: bool) -> None:
+    def _write(self, row: int, capturing: bool) -> None:
         """Bring a row's seed and options up to date."""
-        seed, numbers = self._wanted[row]
-        reals, on_device = self._reals()[row], self._gpu_options(weight)
-        hyper = tuple(None if i in on_device else value for i, value in enumerate(numbers))
-        written = self._written.get(row)
-        if written != (seed, hyper):
+        wanted, written, reals = self._wanted[row], self._written.get(row), self._reals()[row]
+        if written != wanted:
             if capturing:
                 raise RuntimeError(
-                    f"{weight.name}: options of its param group, or the seed, have changed since "
-                    "the last step, and a captured copy would hold them for good; call "
-                    "optimizer.before_replay() before the capture as well"
+                    f"{self._members[row][0].name}: options of its param group, or the seed, have "
+                    "changed since the last step, and a captured copy would hold them for good; "
+                    "call optimizer.before_replay() before the capture as well"
                 )
-            if written is None or written[0] != seed:
+            if written is None or written.seed != wanted.seed:
                 # The word is unsigned, torch's is not.
-                self._memory()[row, _SEED].fill_(seed - 2**64 if seed >= 2**63 else seed)
-            for index, value in enumerate(hyper):
-                if value is not None and (written is None or written[1][index] != value):
+                seed = wanted.seed - 2**64 if wanted.seed >= 2**63 else wanted.seed
+                self._memory()[row, _SEED].fill_(seed)
+            for index, value in enumerate(wanted.hyper):
+                if value is not None and (written is None or written.hyper[index] != value):
                     # Each a kernel that carries the number: no memory of the host to wait for.
                     reals[_HYPER + index].fill_(value)
-            self._written[row] = (seed, hyper)
-        if on_device and row not in self._from_gpu:
-            for index, value in on_device.items():
-                reals[_HYPER + index].copy_(value.detach().reshape(()))
-            self._from_gpu.add(row)
+            self._written[row] = wanted
+        if wanted.on_gpu and row not in self._copied:
+            for index, value in wanted.on_gpu.items():
+                reals[_HYPER + index].copy_(value.reshape(()))
+            self._copied.add(row)
 
     def write(self, seed: int) -> None:
         """Bring all rows up to date, for a graph that reads them.
@@ -197,9 +203,9 @@ class ScalarTable:
             ValueError: see :meth:`prepare`; nothing was written.
         """
         self.prepare(self._weights, seed, 1.0)
-        for row, members in self._members.items():
-            self._write(row, members[0], self._capturing)
-        self._from_gpu.clear()
+        for row in self._members:
+            self._write(row, self._capturing)
+        self._copied.clear()
 
     def scale(self, grad_scale: float | torch.Tensor) -> None:
         """Have all updates from now on multiply gradients by this: a number, or fp64 ``[]``."""
@@ -236,7 +242,7 @@ class ScalarTable:
         return self._memory()[len(self._weights), _STEP]
 
     def _count(self, weights: Sequence[Weight], taken: torch.Tensor | None) -> None:
-        self._from_gpu.clear()
+        self._copied.clear()
         if not weights:
             self._behind = self._behind or taken is not None
             return
@@ -289,9 +295,10 @@ class ScalarTable:
         self._attempts += steps
         self._taken += steps
         for weight in self._weights:
-            weight.counted += steps
+            # Those that no update is of would fall below none where a capture is taken back.
+            weight.counted = max(weight.counted + steps, 0)
         self._scale, self._behind = None, True
-        self._from_gpu.clear()
+        self._copied.clear()
 
     def read(self) -> None:
         """Wait for the GPU, where it decided on steps, and take its counts over."""
