@@ -66,3 +66,9 @@ def clip_coefficient(
     limit = 0.0 if max_norm is None else max_norm
     check(lib.forge_clip_coefficient(sum_of_squares, grad_scale, limit, norm, coefficient))
     return norm[0], coefficient[0]
+
+
+def number(total: torch.Tensor) -> float:
+    """A sum of squares for a collective; inf for whatever is not finite."""
+    value = float(total)
+    return value if math.isfinite(value) else math.inf

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ._types import SCHEDULES, BackwardResult, choice
-from .decision import Decision, clip_coefficient, decide
+from .decision import Decision, clip_coefficient, decide, number
 from .misuse import recomputed, reused, second_backward
 from .reports import Reports, norms_of, sums_of_squares
 from .scalars import ScalarTable
@@ -269,7 +269,7 @@ class Engine:
             sums = sums_of_squares(pending, self.scalars.device)
             total = sums.sum() + extra_sum_of_squares
             if reduce is not None:
-                total = torch.full_like(total, reduce(_number(total)))
+                total = torch.full_like(total, reduce(number(total)))
             decision = decide(total, grad_scale, max_norm)
         names = tuple(weight.name for weight in pending)
         if decision is not None and self._refused(decision, reduce is not None):
@@ -352,9 +352,3 @@ class Engine:
                 weight.accumulator.nbytes for weight in fused if weight.accumulator is not None
             ),
         }
-
-
-def _number(total: torch.Tensor) -> float:
-    """A sum of squares for a collective; inf for whatever is not finite."""
-    number = float(total)
-    return number if math.isfinite(number) else math.inf
