@@ -11,6 +11,7 @@
 ``forge_train.megatron`` does the same for Megatron-LM.
 """
 
+from .capture import CapturedStep, capture
 from .engine import Engine, StepResult
 from .fuse import Fused, Row, fuse
 from .linear_function import fused_linear
@@ -61,6 +62,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "CapturedStep",
     "Comm",
     "Context",
     "DenseWeight",
@@ -89,6 +91,7 @@ __all__ = [
     "StepResult",
     "UserRule",
     "Warmed",
+    "capture",
     "fuse",
     "fused_linear",
     "version",

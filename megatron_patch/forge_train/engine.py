@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from ._context import Context
-from ._types import SCHEDULES, BackwardResult, Scalars, choice
+from ._types import SCHEDULES, BackwardResult, choice
+from .decision import Decision, clip_coefficient, decide, number
 from .misuse import recomputed, reused, second_backward
-from .reports import Reports, norms_of
-from .step import StepResult, clip_coefficient
-from .weights import DenseWeight, FusedWeight, Use, Weight, apply_together
+from .reports import Reports, norms_of, sums_of_squares
+from .scalars import ScalarTable
+from .step import StepResult
+from .update import update_pending
+from .weights import DenseWeight, FusedWeight, Use, Weight
 
 __all__ = [
     "DenseWeight",
@@ -47,6 +49,8 @@ class Engine:
             it and without clipping the norm pass is saved, and only the tiles concerned are
             skipped.
         seed: key of the stochastic rounding, the same on every rank.
+        capturable: whether every update reads its numbers from the backend's memory, so that steps
+            can be captured in a CUDA graph.
 
     Raises:
         ValueError: the options exclude each other.
@@ -60,6 +64,7 @@ class Engine:
         needs_norm: bool = False,
         check_finite: bool = True,
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         """Start with no weights."""
         choice(SCHEDULES, "schedule", schedule)
@@ -79,8 +84,17 @@ class Engine:
         self.check_finite, self.seed = check_finite, seed
         self.weights: list[Weight] = []
         self.reports = Reports(self.weights)
+        self.scalars = ScalarTable(self.weights, in_memory=capturable)
         self.steps = 0
-        self.skipped_steps = 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped as a whole for inf or nan; waits as ``Weight.step`` does."""
+        return self.scalars.skipped
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self.scalars.skipped = count
 
     @property
     def fused(self) -> list[FusedWeight]:
@@ -103,10 +117,10 @@ class Engine:
                 f"one step covers weights of one device, but {places}. Move the model to one "
                 "device before fuse(), or leave the parameters of the others out of it."
             )
+        self.scalars.replace()
         for weight in weights:
             self.weights.append(weight)
-            if isinstance(weight, FusedWeight):
-                weight.engine = self
+            weight.engine = self
 
     # -- a forward ----------------------------------------------------------------------------
 
@@ -163,15 +177,13 @@ class Engine:
         use.done = True
         schedule = self._schedule_of(weight, dy.numel() // max(dy.shape[-1], 1))
         if schedule == "immediate":
-            step = weight.step + 1
-            scalars = weight.linear.scalars(weight.group, step=step, seed=self.seed)
+            self.scalars.prepare([weight], self.seed, 1.0)
             result = weight.linear.backward(
                 dy, x, weight.storage, mode="update",
-                need_dx=need_dx, need_dbias=need_dbias, scalars=scalars,
-                report=self.reports.row(weight),
+                need_dx=need_dx, need_dbias=need_dbias,
+                scalars=self.scalars.take(weight, 1.0), report=self.reports.row(weight),
             )  # fmt: skip
-            weight.updated, weight.report = True, result.report
-            weight.step, weight.version = step, weight.version + 1
+            weight.updated, weight.version = True, weight.version + 1
             return result
         result = weight.linear.backward(
             dy, x, weight.storage, mode="keep", need_dx=need_dx, need_dbias=need_dbias
@@ -214,92 +226,76 @@ class Engine:
                 nonfinite.append(weight.name)
         return (math.inf if nonfinite else total), tuple(nonfinite)
 
-    def apply(self, coefficient: float) -> dict[str, int]:
-        """Update everything pending with ``g = coefficient · dW``.
-
-        Returns:
-            Non-finite tiles by weight.
-
-        Raises:
-            RuntimeError: pending factors were overwritten; no weight has changed.
-            ValueError: a param group's options do not fit; no weight has changed.
-        """
-        work = []
-        for weight in self.pending():
-            weight.check()
-            scalars = weight.linear.scalars(
-                weight.group, step=weight.step + 1, seed=self.seed, grad_scale=coefficient
-            )
-            work.append((weight, scalars))
-        together: dict[Context, list[tuple[FusedWeight, Scalars, torch.Tensor]]] = {}
-        for weight, scalars in work:
-            report = self.reports.row(weight)
-            if report is not None and isinstance(weight, FusedWeight):
-                together.setdefault(weight.linear.context, []).append((weight, scalars, report))
-            else:
-                weight.apply(scalars, report)
-        for entries in together.values():
-            apply_together(entries)
-        return self._nonfinite_tiles(weight for weight, _scalars in work)
-
-    def _nonfinite_tiles(self, updated: Iterable[Weight]) -> dict[str, int]:
-        """Tiles that an update left alone, by weight, where there are any."""
-        self.reports.read()
-        return {
-            weight.name: weight.report.nonfinite_tiles
-            for weight in updated
-            if weight.report is not None and weight.report.nonfinite_tiles
-        }
-
     def finish_step(
         self,
         *,
         max_norm: float | None = None,
         grad_scale: float = 1.0,
-        extra_sum_of_squares: float = 0.0,
+        extra_sum_of_squares: float | torch.Tensor = 0.0,
         reduce: Callable[[float], float] | None = None,
     ) -> StepResult:
         """Norm, decision and update: the whole of ``optimizer.step()``.
+
+        On a GPU the host waits for nothing, but for the sum where there is a ``reduce``.
 
         Args:
             max_norm: clip the global norm to this; None or 0: no clipping.
             grad_scale: what every gradient is multiplied with, such as one over the loss scale.
             extra_sum_of_squares: of other parameters that are clipped together with these,
-                unscaled. Multiply their gradients with the result's ``coefficient``.
+                unscaled; a number, or fp64 ``[]`` beside the weights. Multiply their gradients with
+                the result's ``coefficient``.
             reduce: sums the sum of squares over ranks, so that all ranks decide the same.
 
         Raises:
-            RuntimeError: ``max_norm`` although weights were updated inside the backward.
+            RuntimeError: ``max_norm`` although weights were updated inside the backward; pending
+                factors were overwritten. No weight has changed.
+            ValueError: a param group's options do not fit; no weight has changed.
         """
-        immediate = self._finish_immediate()
-        if max_norm and (immediate is not None):
+        grad_scale = float(grad_scale)
+        updated = [weight for weight in self.fused if weight.updated]
+        if max_norm and updated:
             raise RuntimeError(
                 "max_norm clips by a norm that is known after the backward, but weights were "
                 "updated inside it; use schedule='deferred'"
             )
-        tiles = immediate or {}
-        norm: float | None = None
-        coefficient = grad_scale
-        nonfinite: tuple[str, ...] = ()
+        pending = self.pending()
+        for weight in pending:
+            weight.check()
+        self.scalars.prepare(pending, self.seed, grad_scale)
+        decision, sums = None, None
         # Under `reduce` every rank has to take part, whatever `auto` chose for its own layers.
-        together = immediate is None or (reduce is not None and self.schedule == "auto")
+        together = not updated or (reduce is not None and self.schedule == "auto")
         if max_norm or (self.check_finite and together):
-            for weight in self.pending():
-                weight.check()
-            total, nonfinite = self.sum_of_squares()
-            total += extra_sum_of_squares
-            total = reduce(total) if reduce is not None else total
-            if not math.isfinite(total):
-                self.skip()
-                return StepResult(False, total, 0.0, nonfinite, tiles)
-            norm, coefficient = clip_coefficient(total, grad_scale, max_norm)
-        tiles = {**tiles, **self.apply(coefficient)}
+            sums = sums_of_squares(pending, self.scalars.device)
+            total = sums.sum() + extra_sum_of_squares
+            if reduce is not None:
+                total = torch.full_like(total, reduce(number(total)))
+            decision = decide(total, grad_scale, max_norm)
+        names = tuple(weight.name for weight in pending)
+        if decision is not None and self._refused(decision, reduce is not None):
+            rows = self._rows_of(updated)
+            result = StepResult(grad_scale, decision, sums, names, self.reports, rows, len(rows))
+            self.skip()
+            return result
+        coefficient = grad_scale if decision is None else decision.coefficient
+        update_pending(pending, coefficient, self.scalars, self.reports)
+        changed = [*updated, *pending]
+        rows = self._rows_of(changed)
+        result = StepResult(grad_scale, decision, sums, names, self.reports, rows, len(updated))
+        self.scalars.advance(changed, None if decision is None else decision.taken)
         self._end_step()
-        return StepResult(True, norm, coefficient, tuple(tiles), tiles)
+        return result
+
+    def _refused(self, decision: Decision, known: bool) -> bool:
+        """Whether the step is skipped, where the host knows without waiting."""
+        return (known or not decision.taken.is_cuda) and not bool(decision.taken)
+
+    def _rows_of(self, weights: Iterable[Weight]) -> dict[str, int]:
+        return {weight.name: self.reports.place(weight) for weight in weights}
 
     def skip(self) -> None:
-        """End the step without any update."""
-        self.skipped_steps += 1
+        """End the step without any update but those that the backward has made."""
+        self.scalars.skip([weight for weight in self.fused if weight.updated])
         for weight in self.weights:
             weight.clear()
         self._end_step()
@@ -320,18 +316,31 @@ class Engine:
         for weight in self.weights:
             weight.clear()
 
-    def _finish_immediate(self) -> dict[str, int] | None:
-        """Non-finite tiles of this step's updates inside the backward; None if there were none."""
-        done = [weight for weight in self.fused if weight.updated]
-        if not done:
-            return None
-        return self._nonfinite_tiles(done)
-
     def _end_step(self) -> None:
         self.steps += 1
         for weight in self.fused:
             weight.updated = False
             weight.schedule = None
+
+    # -- CUDA graphs --------------------------------------------------------------------------
+
+    def replayed(self, steps: int) -> None:
+        """Note that a graph has made steps: graphs of autograd from before are out of date."""
+        self.steps += steps
+        self.scalars.replayed(steps)
+        for weight in self.weights:
+            weight.version += 1
+
+    def abandon(self, steps: int) -> None:
+        """Forget what a capture has left: pending work, and steps that it counted but did not run.
+
+        Those that a later replay makes are counted by :meth:`replayed`.
+        """
+        self.steps -= steps
+        self.scalars.replayed(-steps)
+        for weight in self.fused:
+            weight.updated = False
+            weight.clear()
 
     def memory(self) -> dict[str, Any]:
         """Bytes held now: ``weights_and_states``, ``factors``, ``accumulators``."""

@@ -152,6 +152,7 @@ def fuse(
     exclude: Iterable[str] = (),
     rest: bool = True,
     seed: int = 0,
+    capturable: bool = False,
     context: Context | None = None,
 ) -> Fused:
     """Fuse the optimizer into the backward of every ``torch.nn.Linear`` that allows it.
@@ -180,6 +181,7 @@ def fuse(
         rest: whether the returned optimizer also steps what was not fused. With False those
             parameters are yours to step, and ``max_norm`` does not see them.
         seed: of stochastic rounding.
+        capturable: whether steps can be captured in a CUDA graph; see :func:`forge_train.capture`.
         context: the backend; the process' own of the model's device where None.
 
     Returns:
@@ -204,6 +206,7 @@ def fuse(
         needs_norm=bool(max_norm),
         check_finite=check_finite,
         seed=seed,
+        capturable=capturable,
     )
     param_groups = param_groups_of(model, rule, groups)
     group_of = {parameter: group for group in param_groups for parameter in group["params"]}

@@ -9,7 +9,7 @@ import torch
 
 from ._types import Storage
 from .engine import Engine, StepResult
-from .rules import Rule, rule_flags
+from .rules import Rule, on_gpu, rule_flags
 from .state import load_state, state_of
 from .weights import Weight
 
@@ -70,6 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         last: what the last step did: norm, clip coefficient, skipped or not, non-finite layers.
+            On a GPU the first look at it waits for that step; see :class:`StepResult`.
     """
 
     def __init__(
@@ -108,13 +109,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "step(closure) evaluates the loss several times for one step, which rules with a "
                 "single gradient do not need; call backward() and then step()"
             )
+        self._refuse_closed()
+        with torch.no_grad():
+            self.last = self.engine.finish_step(max_norm=self.max_norm)
+
+    def _refuse_closed(self) -> None:
         if self._closed:
             raise RuntimeError(
                 "fused.remove() was called; make a new optimizer for the plain model, and load "
                 "this one's state_dict() into it"
             )
-        with torch.no_grad():
-            self.last = self.engine.finish_step(max_norm=self.max_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the rest and factors that no step has used."""
@@ -137,6 +141,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         # The weights hold these dicts: torch must not have replaced them by copies.
         if self.param_groups[-1]["params"] is not params:
             self.param_groups[-1] = param_group
+
+    # -- CUDA graphs --------------------------------------------------------------------------
+
+    def before_replay(self) -> None:
+        """Bring learning rates and other options to where a captured step reads them.
+
+        :func:`forge_train.capture` calls it. The host does not wait.
+
+        Raises:
+            ValueError: an option is out of its range; nothing was written.
+        """
+        self._refuse_closed()
+        with torch.no_grad():
+            self.engine.scalars.write(self.engine.seed)
+
+    def after_replay(self, captured: StepResult, steps: int = 1) -> None:
+        """Note that a replay has made steps, and what the last of them did, as :attr:`last`.
+
+        Args:
+            captured: what :attr:`last` was at the end of the capture.
+            steps: that one replay makes.
+        """
+        self.engine.replayed(steps)
+        self.last = captured.of_replay()
 
     # -- reports ------------------------------------------------------------------------------
 
@@ -212,7 +240,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             # torch saves options of its own (foreach, fused, …) that mean nothing here.
             for key, value in saved_group.items():
                 if key in self.rule.options or key == "initial_lr":
-                    group[key] = value
+                    if key in group and on_gpu(group[key]):
+                        # A captured graph reads this very tensor.
+                        group[key].fill_(float(value))
+                    else:
+                        group[key] = value
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

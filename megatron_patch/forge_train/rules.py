@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
+
 from ._lib import check, ffi, lib, new_struct, text
 
 
@@ -309,8 +311,8 @@ def _allowed_flags(name: str) -> int:
     return int(info.allowed_flags)
 
 
-def hyper_values(info: RuleInfo, options: Mapping[str, Any]) -> list[float]:
-    """Put a param group's numbers into the order in which the library wants them.
+def raw_values(info: RuleInfo, options: Mapping[str, Any]) -> list[Any]:
+    """A param group's options in the order in which the library wants them, numbers or tensors.
 
     Args:
         info: the rule, from :func:`rule_info`.
@@ -322,6 +324,22 @@ def hyper_values(info: RuleInfo, options: Mapping[str, Any]) -> list[float]:
         if option in named:
             named.update(zip(names, named[option], strict=False))
     return [
-        float(named.get(name, default))
+        named.get(name, default)
         for name, default in zip(info.hyper_names, info.hyper_defaults, strict=True)
     ]
+
+
+def hyper_values(info: RuleInfo, options: Mapping[str, Any]) -> list[float]:
+    """:func:`raw_values` as numbers; of a tensor on a GPU the default, for the host must not wait.
+
+    Such a tensor is read on the GPU; see ``ScalarTable``.
+    """
+    return [
+        default if on_gpu(value) else float(value)
+        for value, default in zip(raw_values(info, options), info.hyper_defaults, strict=True)
+    ]
+
+
+def on_gpu(value: Any) -> bool:
+    """Whether an option is a tensor that the host would have to wait for."""
+    return isinstance(value, torch.Tensor) and value.is_cuda

@@ -52,7 +52,7 @@ def warm(
     ranks: int = 1,
     tokens: int = 0,
     micro_batches: int = 0,
-    device_scalars: bool = False,
+    device_scalars: bool = True,
     threads: int = 0,
     progress: Callable[[Kernel], None] | None = None,
 ) -> Warmed:
@@ -68,7 +68,8 @@ def warm(
         ranks: that share out W where ``spec.parallel`` says so.
         tokens: of a micro-batch; 0: any number.
         micro_batches: that one update sums; 0: any number.
-        device_scalars: whether updates will be captured in CUDA graphs.
+        device_scalars: whether updates will read their numbers from the GPU's memory: those of
+            steps that may be skipped or clipped, and captured ones.
         threads: that compile; 0: one for each core.
         progress: told of each kernel, maybe from another thread.
 

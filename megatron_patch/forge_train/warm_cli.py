@@ -106,11 +106,16 @@ def add_to(tools: Any) -> None:
         metavar="N",
         help="that one update sums under the schedule 'deferred' (default: 1)",
     )
-    tool.add_argument("--graphs", action="store_true", help="updates captured in CUDA graphs, too")
+    tool.add_argument(
+        "--by-value",
+        action="store_true",
+        help="only updates whose numbers the host knows: the schedule 'immediate', or "
+        "check_finite=False without clipping, and no CUDA graphs; fewer kernels",
+    )
     tool.add_argument(
         "--all",
         action="store_true",
-        help="any shape, tokens, micro-batches, with and without CUDA graphs",
+        help="any shape, tokens and micro-batches",
     )
     tool.add_argument(
         "--sm-count", type=_count, help="multiprocessors (default: as most GPUs of --arch have)"
@@ -200,7 +205,7 @@ def run(arguments: argparse.Namespace) -> int:
                 ranks=arguments.tp,
                 tokens=tokens,
                 micro_batches=0 if arguments.all else arguments.micro_batches,
-                device_scalars=arguments.graphs or arguments.all,
+                device_scalars=arguments.all or not arguments.by_value,
                 threads=arguments.threads or 0,
                 progress=table.add,
             ).nvrtc

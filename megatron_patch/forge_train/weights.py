@@ -6,14 +6,13 @@ from the gradient that autograd left (embeddings, norms, biases), with the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 
-from ._linear import Linear, update_together
-from ._structs import struct_at
+from ._linear import Linear
 from ._types import Norm, Plan, Report, Scalars, Segment
 
 if TYPE_CHECKING:
@@ -46,8 +45,8 @@ class Weight:
 
     Attributes:
         storage: weight and states.
-        step: updates applied so far.
-        report: of the last update; on a GPU once ``Reports.read`` has fetched it.
+        engine: decides when it is updated; set by ``Engine.add``.
+        counted: updates applied so far, as far as the host knows; see :attr:`step`.
     """
 
     def __init__(
@@ -63,9 +62,37 @@ class Weight:
         layout = linear.layout
         matrix = parameter.detach().view(layout.out_local, layout.in_local)
         self.storage = linear.allocate(matrix)
-        self.step = 0
+        self.engine: Engine | None = None
+        self.counted = 0
         self.version = 0
-        self.report: Report | None = None
+        self._report: Report | None = None
+
+    @property
+    def step(self) -> int:
+        """Updates applied so far. Waits where steps were decided on a GPU since the last look."""
+        if self.engine is not None:
+            self.engine.scalars.read()
+        return self.counted
+
+    @step.setter
+    def step(self, count: int) -> None:
+        if self.engine is not None:
+            self.engine.scalars.set_count(self, count)
+        self.counted = count
+
+    @property
+    def report(self) -> Report | None:
+        """Of the last update; waits for it on a GPU.
+
+        An update that a GPU was told to skip reports every tile as not finite.
+        """
+        if self.engine is not None:
+            self.engine.reports.read()
+        return self._report
+
+    def reported(self, report: Report | None) -> None:
+        """Take the report of the last update."""
+        self._report = report
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a fused module is a plain module: states belong to one weight only."""
@@ -87,8 +114,11 @@ class Weight:
         """``Σ dW²`` of what is pending, returned or left in ``out``; see ``Linear.norm``."""
         raise NotImplementedError
 
-    def apply(self, scalars: Scalars, report: torch.Tensor | None = None) -> None:
-        """Update with everything pending, which is then gone; see ``Linear.update``."""
+    def apply(self, scalars: Scalars | torch.Tensor, report: torch.Tensor | None = None) -> None:
+        """Update with everything pending, which is then gone; see ``Linear.update``.
+
+        The engine counts the step.
+        """
         raise NotImplementedError
 
     def clear(self) -> None:
@@ -107,7 +137,6 @@ class FusedWeight(Weight):
         plan: why ``auto`` chose its schedule.
         uses: forwards whose graphs are alive.
         schedule: of this step, under ``auto``; chosen by its first backward.
-        engine: decides when it is updated; set by ``Engine.add``.
         reused: whether several forwards were seen in one step under ``auto``.
     """
 
@@ -129,7 +158,15 @@ class FusedWeight(Weight):
         self.plans: dict[int, Plan] = {}
         self.uses: WeakSet[Use] = WeakSet()
         self.reused = False
-        self.engine: Engine | None = None
+
+    @property
+    def step(self) -> int:
+        """As of every weight; an update inside the backward counts at once."""
+        return Weight.step.fget(self) + self.updated  # type: ignore[attr-defined]
+
+    @step.setter
+    def step(self, count: int) -> None:
+        Weight.step.fset(self, count)  # type: ignore[attr-defined]
 
     @property
     def pending(self) -> bool:
@@ -184,18 +221,19 @@ class FusedWeight(Weight):
 
     def norm(self, out: torch.Tensor | None = None) -> Norm | None:
         """``Σ dW²`` over segments and accumulator together."""
-        return self.linear.norm(self.segments, self._accumulated(), out=out)
+        return self.linear.norm(self.segments, self.accumulated_gradient(), out=out)
 
-    def apply(self, scalars: Scalars, report: torch.Tensor | None = None) -> None:
+    def apply(self, scalars: Scalars | torch.Tensor, report: torch.Tensor | None = None) -> None:
         """Update over segments and accumulator together."""
-        self.report = self.linear.update(
-            self.segments, self.storage, scalars, self._accumulated(), report
+        self.reported(
+            self.linear.update(
+                self.segments, self.storage, scalars, self.accumulated_gradient(), report
+            )
         )
-        self.applied(scalars)
+        self.applied()
 
-    def applied(self, scalars: Scalars) -> None:
+    def applied(self) -> None:
         """Note an update over everything pending, which is gone."""
-        self.step = scalars.step
         self.version += 1
         self.clear()
 
@@ -205,27 +243,9 @@ class FusedWeight(Weight):
         self.accumulated = False
         self.schedule = None
 
-    def _accumulated(self) -> torch.Tensor | None:
+    def accumulated_gradient(self) -> torch.Tensor | None:
+        """The accumulator, where it holds micro-batches of this step."""
         return self.accumulator if self.accumulated else None
-
-
-def apply_together(work: Sequence[tuple[FusedWeight, Scalars, torch.Tensor]]) -> None:
-    """Update weights of one context in one call, which lets small ones share launches.
-
-    Each comes with its scalars and the row of ``DeviceStructs`` that takes its report.
-    """
-    calls, pointed_to = [], []
-    for weight, scalars, report in work:
-        call, kept = weight.linear.update_struct(
-            weight.segments, weight.storage, scalars, weight._accumulated()
-        )
-        what = f"{weight.name}: report"
-        call.device_report = struct_at(report, "forge_report", weight.linear.device, what)
-        calls.append(call)
-        pointed_to.append(kept)
-    update_together([weight.linear for weight, _, _ in work], calls)
-    for weight, scalars, _ in work:
-        weight.applied(scalars)
 
 
 class DenseWeight(Weight):
@@ -258,10 +278,9 @@ class DenseWeight(Weight):
         """``Σ g²`` of the gradient."""
         return self.linear.norm((), self._gradient(), "tiles", out)
 
-    def apply(self, scalars: Scalars, report: torch.Tensor | None = None) -> None:
+    def apply(self, scalars: Scalars | torch.Tensor, report: torch.Tensor | None = None) -> None:
         """Update from the gradient, which stays until ``zero_grad``, as torch's optimizers do."""
-        self.report = self.linear.update((), self.storage, scalars, self._gradient(), report)
-        self.step = scalars.step
+        self.reported(self.linear.update((), self.storage, scalars, self._gradient(), report))
         self.version += 1
 
     def clear(self) -> None:

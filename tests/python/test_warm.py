@@ -17,7 +17,7 @@ from forge_train import AdamW, Context, ForgeArgumentError, ForgeBackendError, L
 from forge_train.cli import main
 from forge_train.model_shapes import shapes_of
 
-# fp32 factors on sm_80: eight small kernels.
+# fp32 factors on sm_80: nine small kernels.
 SMALL = ["warm", "--arch", "sm_80", "--weight-format", "fp32", "--shape", "256x128"]
 SPEC = LinearSpec(256, 128, AdamW())
 SUMMARY = re.compile(r"(\d+) compiled, (\d+) present, [\d.]+ s; NVRTC 1\d\.\d; (.*)")
@@ -48,6 +48,17 @@ def test_shapes_that_share_kernels_compile_them_once(tmp_path, capsys):
     arguments = [*SMALL, "--shape", "512x128", "--cache-dir", str(tmp_path / "cache")]
     assert main(arguments) == 0
     assert counts(capsys.readouterr().out) == (len(list((tmp_path / "cache").glob("*.cubin"))), 0)
+
+
+def test_numbers_by_value_need_fewer_kernels(tmp_path, capsys):
+    arguments = [*SMALL, "--cache-dir", str(tmp_path / "cache")]
+    assert main([*arguments, "--by-value"]) == 0
+    first = capsys.readouterr().out
+    assert "scalars of a step" not in first
+    assert main(arguments) == 0
+    second = capsys.readouterr().out
+    assert counts(second) == (1, counts(first)[0])
+    assert re.search(r"^compiled .*scalars of a step, rule 'adamw'", second, re.M)
 
 
 def test_many_processes_fill_one_directory(tmp_path):
