@@ -57,7 +57,9 @@ def add_to(tools: Any) -> None:
     tool.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the model")
     tool.add_argument("--weight-format", choices=("auto", *WEIGHT_FORMATS), default="auto")
     tool.add_argument("--state-format", choices=STATE_FORMATS, default="fp32")
-    tool.add_argument("--all", action="store_true", help="FORGE in every format of the dtype")
+    tool.add_argument(
+        "--all", action="store_true", help="FORGE and FlashOptim in every format of the dtype"
+    )
     tool.add_argument("--schedule", choices=SCHEDULES, default="auto")
     tool.add_argument("--clip", action="store_true", help="clip the global gradient norm")
     tool.add_argument("--micro-batches", type=_count, default=1, metavar="N", help="per step")
@@ -80,6 +82,12 @@ def add_to(tools: Any) -> None:
         choices=("separate", "fused"),
         default="separate",
         help="RMSNorm in separate operations, as transformers has it, or torch.nn.RMSNorm",
+    )
+    tool.add_argument(
+        "--rest",
+        choices=("forge", "torch"),
+        default="forge",
+        help="who updates embeddings and norms beside FORGE: fuse itself, or torch's fused AdamW",
     )
     tool.add_argument("--json", action="store_true", help="everything, in bytes")
     tool.set_defaults(run=run)
@@ -106,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         checkpointing=arguments.activation_checkpointing,
         attention=arguments.attention,
         norm=arguments.norm,
+        rest=arguments.rest,
     )
     result = estimate(found, options, all_formats=arguments.all)
     print(json.dumps(result.json(), indent=1) if arguments.json else result.text())

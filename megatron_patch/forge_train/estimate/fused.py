@@ -109,7 +109,8 @@ class Forge(Method):
         self, found: Architecture, parameters: Sequence[Parameter], options: Options
     ) -> None:
         self.options = options
-        self.weight_format = options.weight_format
+        self.weight_format, self.state_format = options.weight_format, options.state_format
+        self.schedule = options.schedule
         if self.weight_format == "auto":
             self.weight_format = AUTO_FORMAT[DTYPES[options.dtype]]
         # Tensor parallelism is Megatron-core's, whose own optimizer steps what is not fused.
@@ -139,8 +140,12 @@ class Forge(Method):
         sizes = super().persistent()
         sizes.update(dict.fromkeys((EXTRA, STATES, ACCUMULATORS, GRADIENTS), 0))
         sizes[WORKSPACES] += CONTEXT_WORKSPACE_BYTES
+        by_torch = self.options.rest == "torch" and not self.under_megatron
         for each in self.handled.values():
             layout = each.layout
+            if by_torch and not each.fused:
+                sizes[STATES] += 2 * layout.weight.bytes
+                continue
             if self.under_megatron and not each.fused:
                 elements = layout.out_local * layout.in_local
                 sizes[EXTRA] += _FP32 * elements if self.options.dtype != "fp32" else 0
@@ -198,7 +203,9 @@ class Forge(Method):
         self.segments[name] = []
 
     def step(self, memory: Memory) -> None:
-        """Factors are held until all weights are updated; what is left is updated in fp32."""
+        """Factors are held until all weights are updated; FORGE reads gradients in fp32."""
+        if self.options.rest == "torch":
+            return
         wide = [
             each.layout.out_local * each.layout.in_local * _FP32
             for name, each in self.handled.items()

@@ -34,6 +34,7 @@ class Memory:
         peak_phase: when that was.
         at_peak: ``live`` then.
         most: the most that each category held at any time.
+        saved: what the first forward left for its backward.
     """
 
     live: dict[str, int] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Memory:
     peak_phase: str = "start"
     at_peak: dict[str, int] = field(default_factory=dict)
     most: dict[str, int] = field(default_factory=dict)
+    saved: int = 0
 
     def allocate(self, size: int, category: str) -> Block:
         """Take memory with one reference."""

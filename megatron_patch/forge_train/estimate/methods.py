@@ -46,9 +46,11 @@ class Method:
     Attributes:
         refused: why it cannot do what was asked; empty if it can.
         distinct_micro_batches: after how many the memory of further ones is the same again.
+        weight_format, state_format, schedule: where there are several; else empty.
     """
 
     distinct_micro_batches = 3
+    weight_format = state_format = schedule = ""
 
     def __init__(
         self, key: str, title: str, parameters: Sequence[Parameter], clip: bool, micro_batches: int

@@ -9,6 +9,7 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ATTENTIONS = ("sdpa", "eager")
 NORMS = ("separate", "fused")
+RESTS = ("forge", "torch")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Options:
         checkpointing: whether each layer's activations are computed again in the backward.
         attention: ``sdpa``, which keeps no scores, or ``eager``.
         norm: ``separate`` operations as the transformers package has them, or ``fused`` as
-            ``torch.nn.RMSNorm``.
+            ``torch.nn.RMSNorm`` is on a GPU.
+        rest: who updates what FORGE does not fuse: ``forge``, as ``fuse`` does, or ``torch``: its
+            fused AdamW, beside ``fuse(rest=False)``.
     """
 
     tokens: int
@@ -45,6 +48,7 @@ class Options:
     checkpointing: bool = False
     attention: str = "sdpa"
     norm: str = "separate"
+    rest: str = "forge"
 
     def check(self) -> None:
         """Refuse what excludes itself.
@@ -56,7 +60,8 @@ class Options:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {getattr(self, name)}: at least 1 is needed")
-        for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS), ("norm", NORMS)):
+        choices = {"dtype": DTYPES, "attention": ATTENTIONS, "norm": NORMS, "rest": RESTS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise ValueError(f"--{name} {value}: choose one of {', '.join(known)}")
@@ -64,6 +69,11 @@ class Options:
             raise ValueError(
                 f"--tokens {self.tokens} does not divide by --batch {self.batch}; tokens are those "
                 "of all sequences together"
+            )
+        if self.clip and self.rest == "torch":
+            raise ValueError(
+                "--rest torch leaves parameters out of the norm that --clip clips; choose "
+                "--rest forge"
             )
         if self.sp and self.tp == 1:
             raise ValueError("--sp shares out tokens over tensor-parallel ranks; give --tp")

@@ -44,7 +44,8 @@ class Row:
         phase: when that is: ``forward``, ``backward`` or ``step``.
         at_peak: bytes then, by what they are for; they add up to ``peak``.
         most: the most bytes of each kind at any time, not all of them at once.
-        weight_format, state_format, schedule: of FORGE; empty for others.
+        saved: bytes that one forward leaves for its backward.
+        weight_format, state_format, schedule: where a method has several; else empty.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Row:
     phase: str = ""
     at_peak: dict[str, int] | None = None
     most: dict[str, int] | None = None
+    saved: int = 0
     weight_format: str = ""
     state_format: str = ""
     schedule: str = ""
@@ -184,17 +186,13 @@ def estimate(found: Architecture, options: Options, *, all_formats: bool = False
     parameters = parameters_of(found, options)
     tape = Forward(found, options).build()
     forges = [Forge(found, parameters, each) for each in _formats(options, all_formats)]
-    methods: list[Method] = [*stock_methods(parameters, options), *forges]
+    methods: list[Method] = [*stock_methods(parameters, options, all_formats), *forges]
     rows = []
     for method in methods:
-        row = Row(method.key, method.title, method.refused)
-        if isinstance(method, Forge):
-            row = replace(
-                row,
-                weight_format=method.weight_format,
-                state_format=method.options.state_format,
-                schedule=method.options.schedule,
-            )
+        row = Row(
+            method.key, method.title, method.refused, weight_format=method.weight_format,
+            state_format=method.state_format, schedule=method.schedule,
+        )  # fmt: skip
         if not method.refused:
             row = _counted(row, simulate(
                 tape, method, micro_batches=options.micro_batches,
@@ -222,6 +220,7 @@ def _counted(row: Row, memory: Memory) -> Row:
         row,
         peak=memory.peak,
         phase=memory.peak_phase,
+        saved=memory.saved,
         at_peak={name: memory.at_peak.get(name, 0) for name in CATEGORIES},
         most={name: memory.most.get(name, 0) for name in CATEGORIES},
     )

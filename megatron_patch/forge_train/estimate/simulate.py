@@ -38,8 +38,9 @@ class _Pass:
 
     def run(self) -> None:
         self.memory.phase = "forward"
-        everything = range(len(self.operations))
-        self._forward(everything)
+        before = self.memory.total
+        self._forward(range(len(self.operations)))
+        self.memory.saved = self.memory.saved or self.memory.total - before
         self.memory.phase = "backward"
         end = self.operations[-1].output
         if end is not None:

@@ -72,13 +72,24 @@ class Release(Method):
 
 
 class FlashOptim(Release):
-    """FlashOptim's AdamW: 8-bit moments, and by default 8 more bits for each 16-bit weight."""
+    """FlashOptim's AdamW: 8-bit moments, and by default 8 more bits for each 16-bit weight.
 
-    def __init__(self, release: bool, parameters: Sequence[Parameter], options: Options) -> None:
+    Args:
+        bits: of its master weights: 16, which is none, 24 or 32.
+        release: whether gradients are released inside the backward.
+        parameters: as for :class:`Method`.
+        options: of the run.
+    """
+
+    def __init__(
+        self, bits: int, release: bool, parameters: Sequence[Parameter], options: Options
+    ) -> None:
         key = "flashoptim-release" if release else "flashoptim"
-        title = "FlashOptim, gradient release" if release else "FlashOptim"
+        title = f"FlashOptim {bits} bits{', release' if release else ''}"
         super().__init__(key, title, parameters, options)
-        self.release = release
+        self.release, self.more = release, bits // 8 - options.element
+        extra = {0: "", 1: "+8", 2: "+16"}.get(self.more, "")
+        self.weight_format, self.state_format = f"{options.dtype}{extra}", "q8"
         if not release:
             self.refused = ""
 
@@ -88,7 +99,7 @@ class FlashOptim(Release):
         for parameter in self.parameters:
             groups = -(-parameter.elements // _FLASHOPTIM_GROUP)
             states += 2 * (parameter.elements + 2 * groups)
-            extra += parameter.elements if parameter.bytes < _FP32 * parameter.elements else 0
+            extra += max(self.more, 0) * parameter.elements
         return {**super().persistent(), EXTRA: extra, STATES: states}
 
     def accumulate(self, memory: Memory, name: str, gradient: Block) -> None:
@@ -141,15 +152,23 @@ class Megatron(Method):
         memory.release(gradient)
 
 
-def stock_methods(parameters: Sequence[Parameter], options: Options) -> list[Method]:
-    """All of them, in the order of a report."""
+def stock_methods(
+    parameters: Sequence[Parameter], options: Options, all_formats: bool = False
+) -> list[Method]:
+    """All of them, in the order of a report; ``all_formats``: of FlashOptim as well."""
+    bits = (16, 24, 32) if all_formats and options.dtype == "bf16" else (24,)
+    if options.dtype == "fp32":
+        bits = (32,)
     return [
         AdamW("loop", parameters, options),
         AdamW("foreach", parameters, options),
         AdamW("fused", parameters, options),
         Release("hooks-fused", "fused AdamW in hooks", parameters, options),
-        FlashOptim(False, parameters, options),
-        FlashOptim(True, parameters, options),
+        *(
+            FlashOptim(each, release, parameters, options)
+            for release in (False, True)
+            for each in bits
+        ),
         Megatron(False, parameters, options),
         Megatron(True, parameters, options),
     ]
