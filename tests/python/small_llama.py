@@ -32,6 +32,8 @@ class RMSNorm(torch.nn.Module):
         self.weight, self.fused = torch.nn.Parameter(torch.ones(width)), fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fused and x.is_cuda:
+            return functional.rms_norm(x, self.weight.shape, self.weight, 1e-5)
         if self.fused:
             return _FusedNorm.apply(x, self.weight)
         dtype, x = x.dtype, x.to(torch.float32)
@@ -120,7 +122,7 @@ class SmallLlama(torch.nn.Module):
         found: sizes of the family ``llama`` or ``qwen2``.
         exact: attention that computes, for devices with numbers; else one that only has sizes.
         attention: ``sdpa`` or ``eager``.
-        fused: norms as one operation, which have only sizes.
+        fused: norms as one operation; without a GPU they have only sizes.
         checkpointing: of each layer.
     """
 

@@ -432,3 +432,42 @@ def test_the_header_promises_the_bound_of_the_workspace():
     header = (ROOT / "include" / "forge.h").read_text()
     (bound,) = re.findall(r"forge_context_set_workspace wants: .*below (\d+) MiB on CUDA", header)
     assert int(bound) << 20 == CONTEXT_WORKSPACE_BYTES
+
+
+# -- documents and benchmarks -------------------------------------------------------------------
+
+
+def test_the_example_in_the_guide_is_what_the_command_prints(capsys):
+    guide = (ROOT / "docs" / "estimate.md").read_text()
+    (example,) = re.findall(r"^<!-- example: (.*) -->\n```text\n(.*?)```$", guide, re.M | re.S)
+    assert run(capsys, *example[0].split()) == example[1]
+
+
+def test_the_rows_of_the_benchmark_are_compared(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import estimate_error
+
+    options = Options(tokens=512, norm="fused", schedule="deferred", clip=True)
+    found = estimate(architecture("llama-3.2-1b"), options, all_formats=True).rows
+    peaks = {(row.method, row.weight_format, row.state_format): row.peak / 1e9 for row in found}
+
+    def row(method: str, key: str, weight: str, state: str, schedule: str, factor: float) -> dict:
+        place = (key, weight, state) if schedule == "deferred" else (key, "", "")
+        return {
+            "method": method, "tokens": 512, "weight_format": weight, "state_format": state,
+            "schedule": schedule, "clip": True, "peak_gb": peaks[place] * factor,
+        }  # fmt: skip
+
+    rows = [
+        row("forge", "forge", "bf16+16", "q8", "deferred", 1.04),
+        row("adamw_fused", "adamw-fused", "bf16", "bf16", "step", 0.96),
+        {**row("adamw", "adamw-loop", "bf16", "bf16", "step", 1.0), "peak_gb": None},
+    ]
+    result = {"conditions": {"model": "llama-3.2-1b", "rest": "forge"}, "rows": rows}
+    assert estimate_error.check(result) == 0
+    assert "2 rows" in capsys.readouterr().out
+    rows[0]["peak_gb"] *= 1.1
+    rows[1]["method"] = "unknown"
+    assert estimate_error.check(result) == 2
+    assert len(re.findall("FAIL$", capsys.readouterr().out, re.M)) == 2
+    assert estimate_error.check({**result, "rows": rows[2:]}) == 1  # nothing was compared
