@@ -33,7 +33,7 @@ def estimate_of(model: str, options: Options) -> Estimate:
     return estimate(architecture(model), options, all_formats=True)
 
 
-def predicted_gb(row: dict[str, Any], model: str, rest: str) -> float | None:
+def predicted_gb(row: dict[str, Any], model: str) -> float | None:
     """The estimate of one row in 10⁹ bytes; None: there is none."""
     options = Options(
         tokens=row["tokens"],
@@ -41,7 +41,7 @@ def predicted_gb(row: dict[str, Any], model: str, rest: str) -> float | None:
         schedule=row["schedule"] if row["method"] == "forge" else "auto",
         clip=bool(row["clip"]),
         norm="fused",
-        rest=rest,
+        rest=row["rest"],
     )
     named = [
         each
@@ -57,14 +57,13 @@ def predicted_gb(row: dict[str, Any], model: str, rest: str) -> float | None:
 
 def check(result: dict[str, Any]) -> int:
     """Print every row; how many are off."""
-    conditions = result["conditions"]
     off = compared = 0
     print(f"{'':<38} {'tokens':>6} {'measured':>9} {'estimate':>9}")
     for row in result["rows"]:
         if not row.get("peak_gb"):
             continue
         compared += 1
-        found = predicted_gb(row, conditions["model"], conditions.get("rest", "forge"))
+        found = predicted_gb(row, result["conditions"]["model"])
         name = row.get("name", row["method"])
         start = f"{name:<38} {row['tokens']:>6} {row['peak_gb']:>9.2f}"
         error = None if found is None else found / row["peak_gb"] - 1

@@ -89,6 +89,9 @@ def add_to(tools: Any) -> None:
         default="forge",
         help="who updates embeddings and norms beside FORGE: fuse itself, or torch's fused AdamW",
     )
+    tool.add_argument(
+        "--rest-state-format", choices=STATE_FORMATS, default="fp32", help="of what fuse steps so"
+    )
     tool.add_argument("--json", action="store_true", help="everything, in bytes")
     tool.set_defaults(run=run)
 
@@ -115,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         attention=arguments.attention,
         norm=arguments.norm,
         rest=arguments.rest,
+        rest_state_format=arguments.rest_state_format,
     )
     result = estimate(found, options, all_formats=arguments.all)
     print(json.dumps(result.json(), indent=1) if arguments.json else result.text())

@@ -248,16 +248,16 @@ def test_the_schedule_and_its_reason_are_the_plans():
         assert group.factor_bytes == plan.factor_bytes
 
 
-def test_torch_may_step_the_rest():
+def test_who_steps_the_rest_and_in_which_format():
     both = [
-        row_of(estimate(LLAMA, Options(tokens=TOKENS, rest=rest)), "forge")
-        for rest in ("forge", "torch")
+        row_of(estimate(LLAMA, Options(tokens=TOKENS, **how)), "forge")
+        for how in ({}, {"rest": "torch"}, {"rest_state_format": "bf16"})
     ]
     model = SmallLlama(LLAMA).bfloat16()
     linears = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
     rest = sum(p.numel() for p in model.parameters() if p not in linears)
     states = [row.at_peak["optimizer states"] for row in both]
-    assert states[0] - states[1] == (8 - 4) * rest  # fp32 and bf16 moments
+    assert states[0] - states[1] == states[0] - states[2] == (8 - 4) * rest  # fp32, bf16 moments
 
 
 # -- others, and ranks --------------------------------------------------------------------------

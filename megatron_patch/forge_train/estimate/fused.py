@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
+import torch
+
 from .._comm import _GATHER, _REDUCE, _WAIT, Comm
 from .._context import Context
 from .._lib import check, ffi, lib, new_struct
@@ -18,7 +20,6 @@ from .._linear import Linear
 from .._types import Layout, LinearSpec, Plan
 from ..choose import AUTO_FORMAT, DTYPE_OF_FORMAT, choose
 from ..engine import Engine
-from ..fuse import _spec
 from ..rules import AdamW
 from .architecture import Architecture, Module, modules_of
 from .memory import Block, Memory
@@ -109,10 +110,8 @@ class Forge(Method):
         self, found: Architecture, parameters: Sequence[Parameter], options: Options
     ) -> None:
         self.options = options
-        self.weight_format, self.state_format = options.weight_format, options.state_format
+        self.weight_format, self.state_format = _weight_format(options), options.state_format
         self.schedule = options.schedule
-        if self.weight_format == "auto":
-            self.weight_format = AUTO_FORMAT[DTYPES[options.dtype]]
         # Tensor parallelism is Megatron-core's, whose own optimizer steps what is not fused.
         self.under_megatron = options.tp > 1
         title = f"FORGE {self.weight_format}/{options.state_format} {options.schedule}"
@@ -232,36 +231,45 @@ def _handled(found: Architecture, options: Options) -> dict[str, Handled]:
     modules = modules_of(found)
     by_weight = {module.weight: module for module in reversed(modules)}
     by_bias = {f"{module.name}.bias": module for module in modules if module.bias}
-    model, rule = skeleton(modules, DTYPES[options.dtype]), AdamW()
-    base = LinearSpec(1, 1, rule, state_formats=options.state_format)
+    dtype = DTYPES[options.dtype]
+    weight_format = _weight_format(options)
+    fused = LinearSpec(1, 1, AdamW(), dtype, weight_format, options.state_format)
+    # What is left is one row of fp32 gradients to the library.
+    left = replace(fused, factor_dtype=torch.float32, state_formats=options.rest_state_format)
+    model = skeleton(modules, dtype)
     handled = {}
     for choice in choose(model, set(model.parameters()), (), options.weight_format):
-        spec = replace(_spec(base, choice, rule.options, options.weight_format), parameter_id=0)
         module = by_weight.get(choice.name)
         if module is not None and choice.module is not None:
-            handled[choice.name] = _fused(choice.name, spec, module, options)
+            handled[choice.name] = _fused(choice.name, fused, module, options)
             continue
         if module is not None:
             shape, group = local_shape(module, options.tp), module.group
         else:
             owner = by_bias[choice.name]
             shape, group = local_bias(owner, options.tp), f"{owner.group}.bias"
-        layout, _plan, _workspace = _asked(
-            replace(spec, in_features=prod(shape)), 1, 1, 1, False, "auto"
-        )
+        row = replace(left, in_features=prod(shape))
+        layout, _plan, _workspace = _asked(row, 1, 1, 1, False, "auto")
         handled[choice.name] = Handled(choice.name, group, shape, False, choice.why, layout)
     return handled
+
+
+def _weight_format(options: Options) -> str:
+    """The one that ``fuse`` takes."""
+    if options.weight_format == "auto":
+        return AUTO_FORMAT[DTYPES[options.dtype]]
+    return options.weight_format
 
 
 def _fused(name: str, spec: LinearSpec, module: Module, options: Options) -> Handled:
     """One weight that is fused."""
     shape = local_shape(module, options.tp)
     parallel = module.parallel if options.tp > 1 else "none"
-    across = options.tp if parallel == "column" else 1
     spec = replace(
         spec,
         # A vocabulary may have been padded.
-        out_features=shape[0] * across,
+        out_features=shape[0] * (options.tp if parallel == "column" else 1),
+        in_features=module.shape[1],
         parallel=parallel,
         # Around a row-parallel linear Megatron's own code communicates.
         sequence_parallel=options.sp and parallel == "column",

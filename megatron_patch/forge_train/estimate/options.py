@@ -32,6 +32,7 @@ class Options:
             ``torch.nn.RMSNorm`` is on a GPU.
         rest: who updates what FORGE does not fuse: ``forge``, as ``fuse`` does, or ``torch``: its
             fused AdamW, beside ``fuse(rest=False)``.
+        rest_state_format: of the states that ``forge`` keeps for it.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class Options:
     attention: str = "sdpa"
     norm: str = "separate"
     rest: str = "forge"
+    rest_state_format: str = "fp32"
 
     def check(self) -> None:
         """Refuse what excludes itself.
