@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import doctor_cli, warm_cli
+from . import doctor_cli, estimate_cli, warm_cli
 from ._lib import ForgeError
 
 
@@ -15,8 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m forge_train", description="FORGE's tools.", allow_abbrev=False
     )
-    tools = parser.add_subparsers(dest="tool", required=True, metavar="{doctor,warm}")
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="{doctor,estimate,warm}")
     doctor_cli.add_to(tools)
+    estimate_cli.add_to(tools)
     warm_cli.add_to(tools)
     arguments = parser.parse_args(argv)
     try:
