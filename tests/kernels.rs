@@ -237,7 +237,8 @@ fn fused() -> Vec<(Scheme, Specialisation)> {
         out.push((scheme, fused));
         // With each format in use.
         if update && tokens == 2048 {
-            out.push((scheme, group::specialisation(fused)));
+            let tile = group::tile(200, (512, 512), tokens, &streams, H200.0, H200.1).unwrap();
+            out.push((scheme, group::specialisation(Specialisation { tile, ..fused })));
         }
     };
     let usual = (true, false, 1);

@@ -257,7 +257,9 @@ fn grouped_sm90(list: &mut List, target: &Target, work: &Work) {
         for tokens in work.tokens.map_or_else(|| policy::token_counts(&streams), |t| vec![t]) {
             if shards.is_empty() {
                 let any = policy::candidates(tokens, &streams, most);
-                tiles.extend(any.into_iter().map(sm90::group::without_cluster));
+                tiles.extend(
+                    any.into_iter().map(|tile| sm90::group::suited(tile, tokens, &streams, most)),
+                );
             }
             for (shard, weights) in shards.iter().flat_map(|s| (2..=room).map(move |n| (s, n))) {
                 let shape = (shard.rows, shard.cols);

@@ -8,7 +8,7 @@ use super::super::gpu::{Gpu, Kernel};
 use super::super::parameters::KernelStep;
 use super::super::workspace::PANEL_BYTES;
 use super::super::{grid, sources};
-use super::policy::{NARROW_COLS, TILE_ROWS, Tile, choose, plan};
+use super::policy::{NARROW_COLS, TILE_ROWS, Tile, candidates, choose, plan};
 use super::{Call, EMPTY, Mode, Reports, Rest, Specialisation, Streams};
 use super::{fits, streamed, with_tokens};
 use crate::error::Result;
@@ -115,12 +115,21 @@ pub fn tile(
     most_shared: u32,
 ) -> Option<Tile> {
     let all_rows = (weights * rows) as u64;
-    choose(all_rows, cols as u64, tokens, streams, sm_count, most_shared).map(without_cluster)
+    let tile = choose(all_rows, cols as u64, tokens, streams, sm_count, most_shared)?;
+    Some(suited(tile, tokens, streams, most_shared))
 }
 
-/// Blocks that share their loads wait for each other, which costs more than it saves where each weight has
-/// but a few tiles: 1.59 of a large weight's time at 8192 tokens, and 1.10 without.
-pub fn without_cluster(tile: Tile) -> Tile {
+/// Bytes of arrays for an element of W, beside which the keys of a weight and 192 columns are more than a
+/// consumer's registers hold: fp32 states.
+const MOST_BYTES_BESIDE_192: u32 = 9;
+
+/// What a group takes in place of a large weight's tile. Without clusters: blocks that share their loads wait
+/// for each other, which costs more than it saves where each weight has but a few tiles: 1.59 of a large
+/// weight's time at 8192 tokens, and 1.10 without.
+pub fn suited(tile: Tile, tokens: u64, streams: &Streams, most_shared: u32) -> Tile {
+    let too_wide = tile.cols > 128 && streams.bytes > MOST_BYTES_BESIDE_192;
+    let narrow = || candidates(tokens, streams, most_shared).into_iter().find(|t| t.cols == 128);
+    let tile = if too_wide { narrow().unwrap_or(tile) } else { tile };
     Tile { cluster: 1, ..tile }
 }
 
