@@ -16,7 +16,10 @@ nothing reads any more. What keeps the update right:
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -44,22 +47,39 @@ class _Held:
 
     def put(self, name: torch.Tensor, held: object) -> None:
         """Hold an object under ``name[0]`` until the memory of ``name`` is freed."""
-        for number in [n for n, (owner, _) in self._objects.items() if owner.expired()]:
-            del self._objects[number]
         self._objects[int(name[0])] = (StorageWeakRef(name.untyped_storage()), held)
 
     def get(self, name: torch.Tensor) -> Any:
         """The object; None where something copied the name and let go of the first."""
         return self._objects.get(int(name[0]), (None, None))[1]
 
-
-_uses, _values = _Held(), _Held()
+    def sweep(self) -> int:
+        """Let go of what nobody names any more; returns how many are left."""
+        for number in [n for n, (owner, _) in self._objects.items() if owner.expired()]:
+            del self._objects[number]
+        return len(self._objects)
 
 
 class _Value:
-    """An input of linears: what the weights that wait for the step hold of it, once for all."""
+    """An input of linears: the copy that weights hold of it for the step, once for all of them."""
 
-    copy: torch.Tensor | None = None
+    # Weak, for a name is swept later than the step.
+    copy: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)
+
+
+class _Values(_Held):
+    """Swept when there are twice as many as after the last sweep, so that a name costs little."""
+
+    limit = 64
+
+    def put(self, name: torch.Tensor, held: object) -> None:
+        if len(self._objects) >= self.limit:
+            self.limit = 64 + 2 * self.sweep()
+        super().put(name, held)
+
+
+_uses: WeakKeyDictionary[FusedWeight, _Held] = WeakKeyDictionary()
+_values = _Values()
 
 
 # -- forge::linear ---------------------------------------------------------------------------------
@@ -77,10 +97,12 @@ def _linear(
     fused = weight_of(owner)
     if fused.engine is None:
         raise RuntimeError(f"{fused.name} is in no engine: call engine.add([weight]) first")
+    uses = _uses.setdefault(fused, _Held())
+    uses.sweep()
     use = fused.engine.begin_use(fused)
     name = torch.tensor([next(_numbers), owner, use.version, use.task], device="cpu")
     y = forward_pass(x, weight, bias)
-    _uses.put(name, use)
+    uses.put(name, use)
     fused.uses.add(use)
     return y, name
 
@@ -134,14 +156,10 @@ def _linear_backward(
     """Return dX and dbias, empty where not needed, and the gradient of the key."""
     _number, owner, version, task = use.tolist()
     fused = weight_of(owner)
-    result = backward_pass(
-        fused,
-        _uses.get(use) or Use(version, task),
-        dy,
-        x,
-        need_dx=need_dx,
-        need_dbias=need_dbias,
-    )
+    uses = _uses.get(fused)
+    begun = uses.get(use) if uses is not None else None
+    begun = begun if begun is not None else Use(version, task)
+    result = backward_pass(fused, begun, dy, x, need_dx=need_dx, need_dbias=need_dbias)
     if fused.segments:
         _own_last_segment(fused, _values.get(value) or _Value())
     nothing = dy.new_empty(0)
@@ -156,10 +174,12 @@ def _linear_backward(
 def _own_last_segment(weight: FusedWeight, value: _Value) -> None:
     """Copy the factors that the backward has just kept, for they are the compiler's buffers."""
     kept = weight.segments.pop()
-    if value.copy is None or value.copy.shape != kept.x.shape:
-        value.copy = kept.x.clone(memory_format=torch.contiguous_format)
+    x = value.copy()
+    if x is None:
+        x = kept.x.clone(memory_format=torch.contiguous_format)
+        value.copy = weakref.ref(x)
     dy = kept.dy.clone(memory_format=torch.contiguous_format)
-    weight.segments.append(Segment.of(dy, value.copy))
+    weight.segments.append(Segment.of(dy, x))
 
 
 def _linear_backward_fake(
