@@ -14,7 +14,9 @@ from ._types import LinearSpec
 from .choose import AUTO_FORMAT, DTYPE_OF_FORMAT, Choice, choose
 from .engine import Engine
 from .linear_function import FusedTorchLinear
+from .misuse import is_out_of_memory, no_memory
 from .optimizer import FusedOptimizer, param_groups_of
+from .ownership import claim
 from .parameter_ids import check_distinct, parameter_id
 from .rules import Rule
 from .weights import DenseWeight, FusedWeight, Weight
@@ -187,8 +189,9 @@ def fuse(
 
     Raises:
         ForgeBackendError: the model is on a GPU that FORGE cannot use; the message says why.
+        torch.OutOfMemoryError: there is no memory for the states.
         ValueError: an argument is not known, excludes another one, or names nothing; parameters to
-            step are on several devices.
+            step are on several devices, or another fused optimizer steps them.
         TypeError: the model is wrapped for data parallelism, or ``rule`` is no rule.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -232,6 +235,7 @@ def fuse(
     engine.add(weight for _choice, weight in made)
     handled = [choice.parameter for choice, _weight in made]
     optimizer = FusedOptimizer(param_groups, rule, engine, handled, max_norm=max_norm)
+    claim(optimizer, {choice.parameter: choice.name for choice, _weight in made})
     handle = Fused(model, engine, optimizer, rows)
     for choice, weight in made:
         if choice.module is not None and isinstance(weight, FusedWeight):
@@ -277,4 +281,11 @@ def _weight(
     device = choice.parameter.device
     linear = Linear(spec, name=choice.name, context=context, device=device)
     kind = FusedWeight if choice.module is not None else DenseWeight
-    return kind(choice.name, choice.parameter, linear, group)
+    try:
+        return kind(choice.name, choice.parameter, linear, group)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        arrays = (*linear.layout.states, linear.layout.weight_extra, *linear.layout.scales)
+        needed = sum(array.bytes for array in arrays if array is not None)
+        raise torch.OutOfMemoryError(no_memory(choice.name, needed, device)) from error

@@ -155,7 +155,7 @@ def test_what_would_train_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"max_grad_norm=0\.5.*fuse_for_trainer"):
         connect(trainer, fused)
     args.max_grad_norm = 0.0
-    with pytest.raises(ValueError, match="gradient_accumulation_steps=2.*micro_batches=1"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2.*micro_batches=1"):
         connect(trainer, fused)
     other = Trainer(model=llama(), args=args, train_dataset=data())
     with pytest.raises(ValueError, match=r"optimizers=\(fused\.optimizer"):
