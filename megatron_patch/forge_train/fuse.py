@@ -10,7 +10,8 @@ import torch
 
 from ._context import Context
 from ._linear import Linear
-from ._types import LinearSpec
+from ._types import STATE_FORMATS, LinearSpec
+from ._types import choice as number_of
 from .choose import AUTO_FORMAT, DTYPE_OF_FORMAT, Choice, choose
 from .engine import Engine
 from .linear_function import FusedTorchLinear
@@ -153,6 +154,7 @@ def fuse(
     check_finite: bool = True,
     exclude: Iterable[str] = (),
     rest: bool = True,
+    rest_state_format: str | Sequence[str] = "fp32",
     seed: int = 0,
     context: Context | None = None,
 ) -> Fused:
@@ -181,6 +183,8 @@ def fuse(
             below it.
         rest: whether the returned optimizer also steps what was not fused. With False those
             parameters are yours to step, and ``max_norm`` does not see them.
+        rest_state_format: as ``state_format``, of what is not fused. Norms and biases are small and
+            deserve fp32; a large embedding may not.
         seed: of stochastic rounding.
         context: the backend; the process' own of the model's device where None.
 
@@ -201,6 +205,8 @@ def fuse(
         )
     if not isinstance(rule, Rule):
         raise TypeError(f"rule={rule!r} must be a rule, such as forge_train.AdamW(lr=1e-3)")
+    for name in (rest_state_format,) if isinstance(rest_state_format, str) else rest_state_format:
+        number_of(STATE_FORMATS, "rest_state_format", name)
     engine = Engine(
         schedule=schedule,
         micro_batches=micro_batches,
@@ -225,7 +231,7 @@ def fuse(
         group = group_of.get(choice.parameter)
         note = f"left: {choice.why}"
         if group is not None and (choice.module is not None or rest):
-            spec = _spec(base, choice, group, weight_format)
+            spec = _spec(base, choice, group, weight_format, rest_state_format)
             made.append((choice, _weight(spec, choice, group, context)))
             note = f"fused, {spec.weight_format} weight" if choice.module else f"rest: {choice.why}"
         parameter, fused = choice.parameter, choice.module is not None
@@ -244,7 +250,11 @@ def fuse(
 
 
 def _spec(
-    base: LinearSpec, choice: Choice, group: dict[str, Any], weight_format: str
+    base: LinearSpec,
+    choice: Choice,
+    group: dict[str, Any],
+    weight_format: str,
+    rest_state_format: str | Sequence[str],
 ) -> LinearSpec:
     """The linear of a parameter: ``[out, in]`` if fused, one row ``[1, n]`` if not.
 
@@ -269,8 +279,7 @@ def _spec(
         factor_dtype=parameter.dtype if fused else torch.float32,
         weight_format=weight_format,
         fp32_products=base.fp32_products if fused and parameter.dtype == torch.float32 else "exact",
-        # What is not fused is small: full precision costs little there, and norms deserve it.
-        state_formats=base.state_formats if fused else "fp32",
+        state_formats=base.state_formats if fused else rest_state_format,
         parameter_id=parameter_id(choice.name),
     )
 
