@@ -70,12 +70,17 @@ def fused_linear(
 
     Raises:
         RuntimeError: a second use that the schedule cannot take, autocast to another dtype than
-            bf16, another dtype of ``x`` than the weight's, or no engine.
+            bf16, another dtype or device of ``x`` than the weight's, or no engine.
     """
     parameter = weight.parameter
     if not torch.is_grad_enabled() or not parameter.requires_grad:
         full = gather(x) if gather is not None else x
         return functional.linear(full, parameter, bias)
+    if x.device != parameter.device:
+        raise RuntimeError(
+            f"{weight.name} is on {parameter.device}, but its input is on {x.device}: "
+            f"x.to({str(parameter.device)!r})"
+        )
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x, bias = _cast(x, bias, weight, torch.get_autocast_dtype(device_type))

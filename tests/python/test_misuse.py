@@ -123,6 +123,17 @@ def test_an_input_of_another_dtype(dtype):
     fused.optimizer.step()
 
 
+def test_an_input_on_another_device():
+    model = mlp()
+    fused = forge_train.fuse(model, AdamW(), schedule="immediate")
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"0\.weight is on cpu, but its input is on meta: x\.to"):
+        model(torch.randn(3, 19, device="meta"))
+    assert_same_bits(model, before)
+    mlp_loss(model, mlp_batches(1)[0]).backward()
+    fused.optimizer.step()
+
+
 def test_a_parameter_on_another_device():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, device="meta"))
     with pytest.raises(ValueError, match=r"1\.weight|meta"):
