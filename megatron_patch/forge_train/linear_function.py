@@ -95,6 +95,7 @@ def fused_linear(
     engine = weight.engine
     if engine is None:
         raise RuntimeError(f"{weight.name} is in no engine: call engine.add([weight]) first")
+    weight.graph_uses.sweep()
     use = engine.begin_use(weight)
     y = _FusedLinear.apply(x, parameter, bias, weight, use, gather)
     weight.uses.add(use)

@@ -19,12 +19,11 @@ import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._types import Segment
+from .held import Held
 from .linear_passes import backward_pass, forward_pass
 from .weight_keys import weight_of
 from .weights import FusedWeight, Use
@@ -39,27 +38,6 @@ if hasattr(torch.Tag, "cudagraph_unsafe"):
 _numbers = itertools.count(1)
 
 
-class _Held:
-    """Objects that live as long as the tensor that names them."""
-
-    def __init__(self) -> None:
-        self._objects: dict[int, tuple[StorageWeakRef, Any]] = {}
-
-    def put(self, name: torch.Tensor, held: object) -> None:
-        """Hold an object under ``name[0]`` until the memory of ``name`` is freed."""
-        self._objects[int(name[0])] = (StorageWeakRef(name.untyped_storage()), held)
-
-    def get(self, name: torch.Tensor) -> Any:
-        """The object; None where something copied the name and let go of the first."""
-        return self._objects.get(int(name[0]), (None, None))[1]
-
-    def sweep(self) -> int:
-        """Let go of what nobody names any more; returns how many are left."""
-        for number in [n for n, (owner, _) in self._objects.items() if owner.expired()]:
-            del self._objects[number]
-        return len(self._objects)
-
-
 class _Value:
     """An input of linears: the copy that weights hold of it for the step, once for all of them."""
 
@@ -67,7 +45,7 @@ class _Value:
     copy: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)
 
 
-class _Values(_Held):
+class _Values(Held):
     """Swept when there are twice as many as after the last sweep, so that a name costs little."""
 
     limit = 64
@@ -78,7 +56,6 @@ class _Values(_Held):
         super().put(name, held)
 
 
-_uses: WeakKeyDictionary[FusedWeight, _Held] = WeakKeyDictionary()
 _values = _Values()
 
 
@@ -97,12 +74,11 @@ def _linear(
     fused = weight_of(owner)
     if fused.engine is None:
         raise RuntimeError(f"{fused.name} is in no engine: call engine.add([weight]) first")
-    uses = _uses.setdefault(fused, _Held())
-    uses.sweep()
+    fused.graph_uses.sweep()
     use = fused.engine.begin_use(fused)
     name = torch.tensor([next(_numbers), owner, use.version, use.task], device="cpu")
     y = forward_pass(x, weight, bias)
-    uses.put(name, use)
+    fused.graph_uses.put(name, use)
     fused.uses.add(use)
     return y, name
 
@@ -156,8 +132,7 @@ def _linear_backward(
     """Return dX and dbias, empty where not needed, and the gradient of the key."""
     _number, owner, version, task = use.tolist()
     fused = weight_of(owner)
-    uses = _uses.get(fused)
-    begun = uses.get(use) if uses is not None else None
+    begun = fused.graph_uses.get(use)
     begun = begun if begun is not None else Use(version, task)
     result = backward_pass(fused, begun, dy, x, need_dx=need_dx, need_dbias=need_dbias)
     if fused.segments:

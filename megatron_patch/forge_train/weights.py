@@ -16,6 +16,7 @@ import torch
 from ._linear import Linear, update_together
 from ._structs import struct_at
 from ._types import Norm, Plan, Report, Scalars, Segment
+from .held import Held
 from .weight_keys import key_of
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class FusedWeight(Weight):
         schedule: of this step, under ``auto``; chosen by its first backward.
         engine: decides when it is updated; set by ``Engine.add``.
         reused: whether several forwards were seen in one step under ``auto``.
+        graph_uses: the uses of compiled graphs, which nothing else holds.
         key: what names it in compiled graphs; see ``linear_op``.
     """
 
@@ -133,6 +135,7 @@ class FusedWeight(Weight):
         self.uses: WeakSet[Use] = WeakSet()
         self.reused = False
         self.engine: Engine | None = None
+        self.graph_uses = Held()
         self.key = key_of(self)
         self._linears = {linear.spec.factor_dtype: linear}
 

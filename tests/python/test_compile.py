@@ -194,10 +194,14 @@ def test_immediate_refuses_a_second_forward_before_any_update():
     assert_same_bits(model, before)
     pending.backward()
     fused.optimizer.step()
-    # An abandoned graph counts no longer.
-    mlp_loss(net, second)
-    gc.collect()
-    mlp_loss(net, first).backward()
+    # An abandoned graph counts no longer, neither in eager mode nor compiled.
+    for run in (model, net):
+        mlp_loss(net, second)
+        gc.collect()
+        loss = mlp_loss(run, first)
+        loss.backward()
+        fused.optimizer.step()
+        del loss
     with torch.no_grad():
         mlp_loss(net, second)
 
