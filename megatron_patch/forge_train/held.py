@@ -9,18 +9,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Held:
-    """Objects that live as long as the memory of the int64 tensor that names them."""
+    """Objects by number, each of which lives as long as the memory of a tensor that names it."""
 
     def __init__(self) -> None:
         self._objects: dict[int, tuple[StorageWeakRef, Any]] = {}
 
-    def put(self, name: torch.Tensor, held: object) -> None:
-        """Hold an object under ``name[0]`` until the memory of ``name`` is freed."""
-        self._objects[int(name[0])] = (StorageWeakRef(name.untyped_storage()), held)
+    def put(self, number: int, name: torch.Tensor, held: object) -> None:
+        """Hold an object until the memory of ``name``, which carries the number, is freed."""
+        self._objects[number] = (StorageWeakRef(name.untyped_storage()), held)
 
-    def get(self, name: torch.Tensor) -> Any:
+    def get(self, number: int) -> Any:
         """The object; None where something copied the name and let go of the first."""
-        return self._objects.get(int(name[0]), (None, None))[1]
+        return self._objects.get(number, (None, None))[1]
 
     def sweep(self) -> int:
         """Let go of what nobody names any more; returns how many are left."""

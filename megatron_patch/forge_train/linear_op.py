@@ -50,10 +50,10 @@ class _Values(Held):
 
     limit = 64
 
-    def put(self, name: torch.Tensor, held: object) -> None:
+    def put(self, number: int, name: torch.Tensor, held: object) -> None:
         if len(self._objects) >= self.limit:
             self.limit = 64 + 2 * self.sweep()
-        super().put(name, held)
+        super().put(number, name, held)
 
 
 _values = _Values()
@@ -76,9 +76,10 @@ def _linear(
         raise RuntimeError(f"{fused.name} is in no engine: call engine.add([weight]) first")
     fused.graph_uses.sweep()
     use = fused.engine.begin_use(fused)
-    name = torch.tensor([next(_numbers), owner, use.version, use.task], device="cpu")
+    number = next(_numbers)
+    name = torch.tensor([number, owner, use.version, use.task], device="cpu")
     y = forward_pass(x, weight, bias)
-    fused.graph_uses.put(name, use)
+    fused.graph_uses.put(number, name, use)
     fused.uses.add(use)
     return y, name
 
@@ -102,8 +103,9 @@ def _value_of(x: torch.Tensor) -> torch.Tensor:
     inputs are one value only the compiler knows, which merges equal nodes: equal addresses may be
     one buffer with two values in turn.
     """
-    name = torch.tensor([next(_numbers)], device="cpu")
-    _values.put(name, _Value())
+    number = next(_numbers)
+    name = torch.tensor([number], device="cpu")
+    _values.put(number, name, _Value())
     return name
 
 
@@ -130,13 +132,13 @@ def _linear_backward(
     place: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dX and dbias, empty where not needed, and the gradient of the key."""
-    _number, owner, version, task = use.tolist()
+    number, owner, version, task = use.tolist()
     fused = weight_of(owner)
-    begun = fused.graph_uses.get(use)
+    begun = fused.graph_uses.get(number)
     begun = begun if begun is not None else Use(version, task)
     result = backward_pass(fused, begun, dy, x, need_dx=need_dx, need_dbias=need_dbias)
     if fused.segments:
-        _own_last_segment(fused, _values.get(value) or _Value())
+        _own_last_segment(fused, _values.get(int(value.item())) or _Value())
     nothing = dy.new_empty(0)
     done = torch.zeros(1, dtype=torch.float64, device="cpu")
     return (
