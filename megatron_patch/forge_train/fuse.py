@@ -10,11 +10,14 @@ import torch
 
 from ._context import Context
 from ._linear import Linear
-from ._types import LinearSpec
+from ._types import STATE_FORMATS, LinearSpec
+from ._types import choice as number_of
 from .choose import AUTO_FORMAT, DTYPE_OF_FORMAT, Choice, choose
 from .engine import Engine
 from .linear_function import FusedTorchLinear
+from .misuse import is_out_of_memory, no_memory
 from .optimizer import FusedOptimizer, param_groups_of
+from .ownership import claim
 from .parameter_ids import check_distinct, parameter_id
 from .rules import Rule
 from .weights import DenseWeight, FusedWeight, Weight
@@ -151,6 +154,7 @@ def fuse(
     check_finite: bool = True,
     exclude: Iterable[str] = (),
     rest: bool = True,
+    rest_state_format: str | Sequence[str] = "fp32",
     seed: int = 0,
     capturable: bool = False,
     context: Context | None = None,
@@ -180,6 +184,8 @@ def fuse(
             below it.
         rest: whether the returned optimizer also steps what was not fused. With False those
             parameters are yours to step, and ``max_norm`` does not see them.
+        rest_state_format: as ``state_format``, of what is not fused. Norms and biases are small and
+            deserve fp32; a large embedding may not.
         seed: of stochastic rounding.
         capturable: whether steps can be captured in a CUDA graph; see :func:`forge_train.capture`.
         context: the backend; the process' own of the model's device where None.
@@ -189,8 +195,9 @@ def fuse(
 
     Raises:
         ForgeBackendError: the model is on a GPU that FORGE cannot use; the message says why.
+        torch.OutOfMemoryError: there is no memory for the states.
         ValueError: an argument is not known, excludes another one, or names nothing; parameters to
-            step are on several devices.
+            step are on several devices, or another fused optimizer steps them.
         TypeError: the model is wrapped for data parallelism, or ``rule`` is no rule.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -200,6 +207,8 @@ def fuse(
         )
     if not isinstance(rule, Rule):
         raise TypeError(f"rule={rule!r} must be a rule, such as forge_train.AdamW(lr=1e-3)")
+    for name in (rest_state_format,) if isinstance(rest_state_format, str) else rest_state_format:
+        number_of(STATE_FORMATS, "rest_state_format", name)
     engine = Engine(
         schedule=schedule,
         micro_batches=micro_batches,
@@ -225,7 +234,7 @@ def fuse(
         group = group_of.get(choice.parameter)
         note = f"left: {choice.why}"
         if group is not None and (choice.module is not None or rest):
-            spec = _spec(base, choice, group, weight_format)
+            spec = _spec(base, choice, group, weight_format, rest_state_format)
             made.append((choice, _weight(spec, choice, group, context)))
             note = f"fused, {spec.weight_format} weight" if choice.module else f"rest: {choice.why}"
         parameter, fused = choice.parameter, choice.module is not None
@@ -235,6 +244,7 @@ def fuse(
     engine.add(weight for _choice, weight in made)
     handled = [choice.parameter for choice, _weight in made]
     optimizer = FusedOptimizer(param_groups, rule, engine, handled, max_norm=max_norm)
+    claim(optimizer, {choice.parameter: choice.name for choice, _weight in made})
     handle = Fused(model, engine, optimizer, rows)
     for choice, weight in made:
         if choice.module is not None and isinstance(weight, FusedWeight):
@@ -243,7 +253,11 @@ def fuse(
 
 
 def _spec(
-    base: LinearSpec, choice: Choice, group: dict[str, Any], weight_format: str
+    base: LinearSpec,
+    choice: Choice,
+    group: dict[str, Any],
+    weight_format: str,
+    rest_state_format: str | Sequence[str],
 ) -> LinearSpec:
     """The linear of a parameter: ``[out, in]`` if fused, one row ``[1, n]`` if not.
 
@@ -268,8 +282,7 @@ def _spec(
         factor_dtype=parameter.dtype if fused else torch.float32,
         weight_format=weight_format,
         fp32_products=base.fp32_products if fused and parameter.dtype == torch.float32 else "exact",
-        # What is not fused is small: full precision costs little there, and norms deserve it.
-        state_formats=base.state_formats if fused else "fp32",
+        state_formats=base.state_formats if fused else rest_state_format,
         parameter_id=parameter_id(choice.name),
     )
 
@@ -280,4 +293,11 @@ def _weight(
     device = choice.parameter.device
     linear = Linear(spec, name=choice.name, context=context, device=device)
     kind = FusedWeight if choice.module is not None else DenseWeight
-    return kind(choice.name, choice.parameter, linear, group)
+    try:
+        return kind(choice.name, choice.parameter, linear, group)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        arrays = (*linear.layout.states, linear.layout.weight_extra, *linear.layout.scales)
+        needed = sum(array.bytes for array in arrays if array is not None)
+        raise torch.OutOfMemoryError(no_memory(choice.name, needed, device)) from error

@@ -1,6 +1,8 @@
-"""Messages of the errors by which ``immediate`` refuses to update a weight twice in one step."""
+"""Messages of errors that a training script's author can mend."""
 
 from __future__ import annotations
+
+import torch
 
 
 def reused(name: str) -> str:
@@ -28,4 +30,18 @@ def second_backward(name: str) -> str:
         f"{name}: a second backward before optimizer.step(), but schedule='immediate' has already "
         "made this step's update. Call optimizer.step() after every backward, or use "
         "schedule='deferred' (or 'auto' with micro_batches=N) to sum several."
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory; on a CPU it has no class of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def no_memory(name: str, needed: int, device: torch.device) -> str:
+    """No memory for a weight's states of ``needed`` bytes."""
+    return (
+        f"{name}: no memory on {device} for the {needed / 2**20:.1f} MiB that its optimizer states "
+        "take beside the weight. The model has not changed. Use state_format='q8' or 'bf16', "
+        "weight_format='bf16' (no master), or exclude layers."
     )

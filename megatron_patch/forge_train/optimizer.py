@@ -9,6 +9,7 @@ import torch
 
 from ._types import Storage
 from .engine import Engine, StepResult
+from .ownership import release
 from .rules import Rule, on_gpu, rule_flags
 from .state import load_state, state_of
 from .weights import Weight
@@ -295,6 +296,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Make further steps an error; the state can still be saved."""
         self._closed = True
+        release(self._weights)
 
     def storage_of(self, parameter: torch.nn.Parameter) -> Storage:
         """The tensors that one parameter's updates read and write."""

@@ -7,6 +7,7 @@ from the gradient that autograd left (embeddings, norms, biases), with the same 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -14,6 +15,8 @@ import torch
 
 from ._linear import Linear
 from ._types import Norm, Plan, Report, Scalars, Segment
+from .held import Held
+from .weight_keys import key_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -138,6 +141,8 @@ class FusedWeight(Weight):
         uses: forwards whose graphs are alive.
         schedule: of this step, under ``auto``; chosen by its first backward.
         reused: whether several forwards were seen in one step under ``auto``.
+        graph_uses: the uses of compiled graphs, which nothing else holds.
+        key: what names it in compiled graphs; see ``linear_op``.
     """
 
     def __init__(
@@ -158,6 +163,9 @@ class FusedWeight(Weight):
         self.plans: dict[int, Plan] = {}
         self.uses: WeakSet[Use] = WeakSet()
         self.reused = False
+        self.graph_uses = Held()
+        self.key = key_of(self)
+        self._linears = {linear.spec.factor_dtype: linear}
 
     @property
     def step(self) -> int:
@@ -177,6 +185,35 @@ class FusedWeight(Weight):
     def factor_bytes(self) -> int:
         """Bytes of the factors held for the step."""
         return sum(segment.bytes for segment in self.segments)
+
+    def take_factors(self, dtype: torch.dtype) -> None:
+        """Have the step's factors in this dtype, such as bf16 under autocast.
+
+        Weight, states and rounding noise are the same with each; the products are not.
+
+        Raises:
+            RuntimeError: factors of another dtype wait for the step.
+        """
+        spec = self.linear.spec
+        if dtype == spec.factor_dtype:
+            return
+        if self.pending:
+            raise RuntimeError(
+                f"{self.name}: a backward with {dtype} activations after one with "
+                f"{spec.factor_dtype} in the same step. Run all micro-batches of a step under the "
+                "same torch.autocast, or all of them without."
+            )
+        if dtype not in self._linears:
+            products = spec.fp32_products if dtype == torch.float32 else "exact"
+            self._linears[dtype] = Linear(
+                replace(spec, factor_dtype=dtype, fp32_products=products),
+                name=self.name,
+                comm=self.linear.comm,
+                device=self.linear.device,
+            )
+        self.linear = self._linears[dtype]
+        # A plan counts the bytes of factors.
+        self.plans.clear()
 
     def keep(self, segment: Segment, *, accumulate: bool) -> None:
         """Take a micro-batch's factors.

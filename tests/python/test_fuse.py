@@ -164,6 +164,7 @@ def test_copies_are_plain_models(copier):
         ({"schedule": "later"}, ValueError, "schedule='later'.*immediate"),
         ({"weight_format": "fp8"}, ValueError, r"weight_format='fp8'.*bf16\+16"),
         ({"state_format": "q4"}, ValueError, "state_format='q4'.*q8"),
+        ({"rest_state_format": "q4"}, ValueError, "rest_state_format='q4'.*q8"),
         ({"state_format": ("fp32",)}, ValueError, "rule .adamw. has 2 states"),
         ({"weight_rounding": "up"}, ValueError, "weight_rounding='up'.*stochastic"),
         ({"fp32_products": "tf32"}, ValueError, "fp32_products='tf32'.*bf16x3"),
@@ -259,3 +260,27 @@ def test_weights_that_would_draw_the_same_noise_are_refused():
     parameter_ids.check_distinct(["plumless", "plumless"])
     with pytest.raises(ValueError, match="buckeroo and plumless have the same parameter id"):
         parameter_ids.check_distinct(["plumless", "buckeroo"])
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "bf16", "q8"])
+def test_the_rest_has_states_of_its_own_format(state_format):
+    model = Transformer(vocabulary=200, width=24)
+    fused = forge_train.fuse(model, AdamW(lr=1e-3), rest_state_format=state_format)
+    tokens = torch.randint(0, 200, (2, 9))
+    for _ in range(3):
+        model(tokens).square().mean().backward()
+        fused.optimizer.step()
+        fused.optimizer.zero_grad()
+    storage = fused.optimizer.storage_of(model.embedding.weight)
+    held = storage.bytes - storage.weight.nbytes
+    bytes_each = {"fp32": 8, "bf16": 4, "q8": 2 + 2 * 4 / 128}[state_format]
+    assert held == pytest.approx(bytes_each * model.embedding.weight.numel(), rel=0.01)
+    fp32 = fused.optimizer.storage_of(model.blocks[0].up.weight)
+    assert fp32.bytes - fp32.weight.nbytes == 8 * model.blocks[0].up.weight.numel()
+    resumed = copy.deepcopy(model)
+    again = forge_train.fuse(resumed, AdamW(lr=1e-3), rest_state_format=state_format)
+    again.optimizer.load_state_dict(copy.deepcopy(fused.optimizer.state_dict()))
+    for net, each in ((model, fused), (resumed, again)):
+        net(tokens).square().mean().backward()
+        each.optimizer.step()
+    assert_same_bits(model, resumed)

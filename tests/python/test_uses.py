@@ -235,10 +235,3 @@ def test_double_backward_is_refused():
     (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.square().sum().backward()
-
-
-def test_autocast_is_refused():
-    model = mlp()
-    forge_train.fuse(model, AdamW())
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"bf16\+16"):
-        model(torch.randn(3, 19))

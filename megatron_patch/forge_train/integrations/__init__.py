@@ -1,0 +1,1 @@
+"""FORGE inside other libraries' training loops; each module imports the library that it is for."""
