@@ -245,6 +245,7 @@ def _forge(method: Method, model: nn.Module, options: Options) -> Made:
         schedule=method.schedule,
         max_norm=MAX_NORM if method.clip else None,
         rest=method.rest == "forge",
+        rest_state_format=method.state_format,
         **capturable,
     )
     if method.rest == "forge":

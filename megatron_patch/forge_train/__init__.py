@@ -12,6 +12,7 @@
 """
 
 from .capture import CapturedStep, capture
+from .dense import DenseWeight
 from .engine import Engine, StepResult
 from .fuse import Fused, Row, fuse
 from .linear_function import fused_linear
@@ -49,7 +50,7 @@ from .rules import (
 )
 from .user_rule import UserRule
 from .warm import Kernel, Warmed, warm
-from .weights import DenseWeight, FusedWeight
+from .weights import FusedWeight
 
 __version__ = version()
 

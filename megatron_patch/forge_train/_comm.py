@@ -40,6 +40,34 @@ class Comm:
         check(status, what)
 
 
+@ffi.callback(_GATHER)
+def _no_gather(*_arguments: Any) -> int:
+    return 1
+
+
+@ffi.callback(_REDUCE)
+def _no_reduce(*_arguments: Any) -> int:
+    return 1
+
+
+class Place(Comm):
+    """A rank without others: for linears that are parts of a weight in one process.
+
+    Calls that communicate fail; those that only read and write the shard do not.
+    """
+
+    def __init__(self, context: Context, rank: int, size: int) -> None:
+        """Register callbacks that refuse."""
+        self.context, self.rank, self.size = context, rank, size
+        collectives = new_struct("forge_host_collectives")
+        collectives.all_gather = collectives.reduce_scatter = _no_gather
+        collectives.all_reduce = _no_reduce
+        out = ffi.new("forge_comm **")
+        made = lib.forge_comm_new_host(context.handle, rank, size, collectives, out)
+        check(made, "communicator")
+        self.handle = ffi.gc(out[0], lib.forge_comm_free)
+
+
 class HostComm(Comm):
     """Collectives of a ``torch.distributed`` process group (gloo, MPI) as the C ABI's callbacks.
 

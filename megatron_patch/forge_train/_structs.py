@@ -106,6 +106,13 @@ class DeviceStructs:
         self.name = name
         self.rows = torch.zeros(count, ffi.sizeof(name), dtype=torch.uint8, device=device)
 
+    @classmethod
+    def of(cls, name: str, words: torch.Tensor) -> DeviceStructs:
+        """One struct from its words, ``int64``."""
+        structs = cls(name, 0, words.device)
+        structs.rows = words.view(torch.uint8).view(1, -1)
+        return structs
+
     def read(self, convert: Callable[[Any], T]) -> list[T]:
         """Wait for the current stream and convert all structs, after one copy to the host."""
         host = self.rows.cpu()

@@ -17,12 +17,13 @@ import torch
 
 from ._types import SCHEDULES, BackwardResult, choice
 from .decision import Decision, clip_coefficient, decide, number
+from .dense import DenseWeight
 from .misuse import recomputed, reused, second_backward
 from .reports import Reports, norms_of, sums_of_squares
 from .scalars import ScalarTable
 from .step import StepResult
 from .update import update_pending
-from .weights import DenseWeight, FusedWeight, Use, Weight
+from .weights import FusedWeight, Use, Weight
 
 __all__ = [
     "DenseWeight",

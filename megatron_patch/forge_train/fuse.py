@@ -13,6 +13,7 @@ from ._linear import Linear
 from ._types import STATE_FORMATS, LinearSpec
 from ._types import choice as number_of
 from .choose import AUTO_FORMAT, DTYPE_OF_FORMAT, Choice, choose
+from .dense import DenseWeight
 from .engine import Engine
 from .linear_function import FusedTorchLinear
 from .misuse import is_out_of_memory, no_memory
@@ -20,7 +21,7 @@ from .optimizer import FusedOptimizer, param_groups_of
 from .ownership import claim
 from .parameter_ids import check_distinct, parameter_id
 from .rules import Rule
-from .weights import DenseWeight, FusedWeight, Weight
+from .weights import FusedWeight, Weight
 
 
 @dataclass(frozen=True)

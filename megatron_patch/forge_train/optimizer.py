@@ -90,6 +90,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(param_groups, rule.options)
         self.engine, self.rule, self.max_norm = engine, rule, max_norm
         self.last: StepResult | None = None
+        self._before_capture: StepResult | None = None
         self._weights: dict[torch.Tensor, Weight] = dict(
             zip(parameters, engine.weights, strict=True)
         )
@@ -111,6 +112,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "single gradient do not need; call backward() and then step()"
             )
         self._refuse_closed()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # Pinned memory that is let go of within a capture is lost to torch's allocator: it
+            # would ask an event of the capture whether the copy is done.
+            self._before_capture = self.last
         with torch.no_grad():
             self.last = self.engine.finish_step(max_norm=self.max_norm)
 

@@ -1,7 +1,7 @@
 """One trainable weight: its storage, what is pending for it, and who uses it.
 
-:class:`FusedWeight` is updated from factors and has no gradient. :class:`DenseWeight` is updated
-from the gradient that autograd left (embeddings, norms, biases), with the same rules.
+A :class:`FusedWeight` is updated from factors and has no gradient. What autograd leaves a gradient
+for is a ``DenseWeight`` (dense.py).
 """
 
 from __future__ import annotations
@@ -283,48 +283,3 @@ class FusedWeight(Weight):
     def accumulated_gradient(self) -> torch.Tensor | None:
         """The accumulator, where it holds micro-batches of this step."""
         return self.accumulator if self.accumulated else None
-
-
-class DenseWeight(Weight):
-    """A parameter with an ordinary gradient, updated by the same rule.
-
-    The parameter is one row ``[1, n]`` of a linear, its gradient the accumulator of an update
-    without factors.
-    """
-
-    @property
-    def pending(self) -> bool:
-        """Whether autograd left a gradient."""
-        return self.parameter.grad is not None
-
-    def check(self) -> None:
-        """Raise if the gradient is of a kind that the library cannot read.
-
-        Raises:
-            RuntimeError: the gradient is sparse.
-        """
-        grad = self.parameter.grad
-        if grad is not None and grad.is_sparse:
-            raise RuntimeError(
-                f"{self.name} has a sparse gradient, which no FORGE rule takes. Build the "
-                "embedding with sparse=False, or fuse(..., rest=False) and step it with your own "
-                "optimizer."
-            )
-
-    def norm(self, out: torch.Tensor | None = None) -> Norm | None:
-        """``Σ g²`` of the gradient."""
-        return self.linear.norm((), self._gradient(), "tiles", out)
-
-    def apply(self, scalars: Scalars | torch.Tensor, report: torch.Tensor | None = None) -> None:
-        """Update from the gradient, which stays until ``zero_grad``, as torch's optimizers do."""
-        self.reported(self.linear.update((), self.storage, scalars, self._gradient(), report))
-        self.version += 1
-
-    def clear(self) -> None:
-        """The gradient belongs to the user's ``zero_grad``."""
-
-    def _gradient(self) -> torch.Tensor:
-        grad = self.parameter.grad
-        if grad is None:
-            raise RuntimeError(f"{self.name} has no gradient")
-        return grad.detach().float().contiguous().view(1, -1)

@@ -13,12 +13,13 @@ from math import prod
 
 import torch
 
-from .._comm import _GATHER, _REDUCE, _WAIT, Comm
+from .._comm import Place
 from .._context import Context
-from .._lib import check, ffi, lib, new_struct
+from .._lib import check, ffi, lib
 from .._linear import Linear
 from .._types import Layout, LinearSpec, Plan
 from ..choose import AUTO_FORMAT, DTYPE_OF_FORMAT, choose
+from ..dense import parts_of
 from ..engine import Engine
 from ..rules import AdamW
 from .architecture import Architecture, Module, modules_of
@@ -42,29 +43,6 @@ CONTEXT_WORKSPACE_BYTES = 60 << 20
 """The bound that ``forge_context_workspace_bytes`` promises for a GPU, which need not be here."""
 
 _FP32 = 4
-_SIGNATURES = {
-    "all_gather": _GATHER,
-    "reduce_scatter": _GATHER,
-    "all_reduce": _REDUCE,
-    "wait": _WAIT,
-}
-
-
-class _Ranks(Comm):
-    """A communicator of many ranks that layouts and plans can be asked of, and nothing else."""
-
-    def __init__(self, context: Context, size: int) -> None:
-        self.context, self.rank, self.size = context, 0, size
-        collectives = new_struct("forge_host_collectives")
-        # Nothing is communicated before a backward, and there will be none.
-        self._callbacks = {
-            name: ffi.callback(signature, lambda *_: 1) for name, signature in _SIGNATURES.items()
-        }
-        for name, callback in self._callbacks.items():
-            setattr(collectives, name, callback)
-        out = ffi.new("forge_comm **")
-        check(lib.forge_comm_new_host(context.handle, 0, size, collectives, out), "ranks")
-        self.handle = ffi.gc(out[0], lib.forge_comm_free)
 
 
 @dataclass(frozen=True)
@@ -202,14 +180,14 @@ class Forge(Method):
         self.segments[name] = []
 
     def step(self, memory: Memory) -> None:
-        """Factors are held until all weights are updated; FORGE reads gradients in fp32."""
+        """Factors are held until all weights are updated; FORGE reads gradients in fp32 parts."""
         if self.options.rest == "torch":
             return
-        wide = [
-            each.layout.out_local * each.layout.in_local * _FP32
-            for name, each in self.handled.items()
-            if name in self.gradients and self.options.dtype != "fp32"
-        ]
+        wide = []
+        for name, each in self.handled.items():
+            if name in self.gradients and self.options.dtype != "fp32":
+                elements = each.layout.out_local * each.layout.in_local
+                wide.append(elements // parts_of(elements) * _FP32)
         memory.scratch(max(wide, default=0), TEMPORARY)
 
 
@@ -291,7 +269,7 @@ def _asked(
     spec: LinearSpec, ranks: int, tokens: int, micro_batches: int, clip: bool, schedule: str
 ) -> tuple[Layout, Plan, int]:
     """The library's layout, plan and workspace of a linear."""
-    comm = _Ranks(_context(), ranks) if spec.parallel != "none" else None
+    comm = Place(_context(), 0, ranks) if spec.parallel != "none" else None
     linear = Linear(spec, name="estimate", context=_context(), comm=comm)
     plan = linear.plan(
         tokens=tokens, micro_batches=micro_batches, needs_norm=clip, schedule=schedule
