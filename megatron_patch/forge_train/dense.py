@@ -17,7 +17,18 @@ from .weights import Weight
 
 MOST_ELEMENTS = 8 << 20
 """Of a gradient that are in fp32 at a time: 32 MiB, which stay in a large L2."""
-_BLOCK = 128  # elements of a q8 block
+_BLOCK = 128  # elements of a q8 block, and columns of a GPU's tiles
+_ROWS = 64  # of a GPU's tiles
+
+
+def shape_of(elements: int) -> tuple[int, int]:
+    """The matrix that a parameter of so many elements is to the library.
+
+    Rows of one q8 block each, which fill the tiles of a GPU; one row where that leaves a rest, or
+    where there are few. Elements, rounding noise and blocks are in the same order either way.
+    """
+    whole = elements % _BLOCK == 0 and elements >= _BLOCK * _ROWS
+    return (elements // _BLOCK, _BLOCK) if whole else (1, elements)
 
 
 def parts_of(elements: int) -> int:
@@ -30,7 +41,7 @@ def parts_of(elements: int) -> int:
 
 
 class Part(NamedTuple):
-    """Elements ``begin`` to ``end`` of a parameter, and the linear that they are a shard of."""
+    """Rows ``begin`` to ``end`` of a parameter's matrix, and the linear whose shard they are."""
 
     linear: Linear
     begin: int
@@ -40,10 +51,10 @@ class Part(NamedTuple):
 class DenseWeight(Weight):
     """A parameter with an ordinary gradient, updated by the same rule.
 
-    The parameter is one row ``[1, n]`` of a linear, its gradient the accumulator of an update
+    The parameter is a linear's matrix (:func:`shape_of`), its gradient the accumulator of an update
     without factors. The library reads accumulators in fp32. A large bf16 gradient is therefore
     taken in parts, so that there is never an fp32 copy of all of it: parts are what ranks would
-    have of the row, and get the same bits as the whole.
+    have of the rows, and get the same bits as the whole.
     """
 
     @property
@@ -115,45 +126,41 @@ class DenseWeight(Weight):
     @cached_property
     def _parts(self) -> list[Part]:
         """One where the gradient is fp32, which needs no copy."""
-        elements = self.linear.layout.in_local
-        count = 1 if self.parameter.dtype == torch.float32 else parts_of(elements)
+        rows = self.linear.layout.out_local
+        fp32 = self.parameter.dtype == torch.float32
+        count = 1 if fp32 or rows == 1 else parts_of(self.parameter.numel())
         if count == 1:
-            return [Part(self.linear, 0, elements)]
-        spec, context = replace(self.linear.spec, parallel="row"), self.linear.context
+            return [Part(self.linear, 0, rows)]
+        spec, context = replace(self.linear.spec, parallel="column"), self.linear.context
         linears = [
             Linear(spec, name=self.name, context=context, comm=Place(context, rank, count))
             for rank in range(count)
         ]
-        each = elements // count
+        each = rows // count
         return [Part(one, rank * each, (rank + 1) * each) for rank, one in enumerate(linears)]
 
     def _gradients(self) -> Iterator[torch.Tensor]:
-        """Of each part in fp32 ``[1, n]``, one after the other."""
+        """Of each part in fp32, one after the other."""
         gradient = self._gradient()
         for part in self._parts:
-            yield gradient[:, part.begin : part.end].float()
+            yield gradient[part.begin : part.end].float()
 
     def _gradient(self) -> torch.Tensor:
         grad = self.parameter.grad
         if grad is None:
             raise RuntimeError(f"{self.name} has no gradient")
-        return grad.detach().contiguous().view(1, -1)
+        layout = self.linear.layout
+        return grad.detach().contiguous().view(layout.out_local, layout.in_local)
 
 
 def _slice(storage: Storage, part: Part) -> Storage:
-    """A part of one row ``[1, n]``; scales are one for each block, ``[n / 128, 1]``."""
+    """A part's rows; scales are one for each, ``[1, rows]``."""
     begin, end = part.begin, part.end
-
-    def row(array: torch.Tensor | None) -> torch.Tensor | None:
-        return None if array is None else array[:, begin:end]
-
+    extra = storage.weight_extra
     return replace(
         storage,
-        weight=storage.weight[:, begin:end],
-        weight_extra=row(storage.weight_extra),
-        states=[state[:, begin:end] for state in storage.states],
-        scales=[
-            None if scale is None else scale[begin // _BLOCK : end // _BLOCK]
-            for scale in storage.scales
-        ],
+        weight=storage.weight[begin:end],
+        weight_extra=None if extra is None else extra[begin:end],
+        states=[state[begin:end] for state in storage.states],
+        scales=[None if scale is None else scale[:, begin:end] for scale in storage.scales],
     )

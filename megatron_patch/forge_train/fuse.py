@@ -13,7 +13,7 @@ from ._linear import Linear
 from ._types import STATE_FORMATS, LinearSpec
 from ._types import choice as number_of
 from .choose import AUTO_FORMAT, DTYPE_OF_FORMAT, Choice, choose
-from .dense import DenseWeight
+from .dense import DenseWeight, shape_of
 from .engine import Engine
 from .linear_function import FusedTorchLinear
 from .misuse import is_out_of_memory, no_memory
@@ -260,7 +260,7 @@ def _spec(
     weight_format: str,
     rest_state_format: str | Sequence[str],
 ) -> LinearSpec:
-    """The linear of a parameter: ``[out, in]`` if fused, one row ``[1, n]`` if not.
+    """The linear of a parameter: ``[out, in]`` if fused, that of ``DenseWeight`` if not.
 
     Raises:
         ValueError: a parameter that no rule of FORGE can step.
@@ -275,11 +275,12 @@ def _spec(
     if DTYPE_OF_FORMAT.get(weight_format) != parameter.dtype:
         weight_format = AUTO_FORMAT[parameter.dtype]
     options = {name: group[name] for name in base.rule.options}
+    rows, cols = parameter.shape if fused else shape_of(parameter.numel())
     return replace(
         base,
         rule=base.rule.with_options(**options),
-        out_features=parameter.shape[0] if fused else 1,
-        in_features=parameter.shape[1] if fused else parameter.numel(),
+        out_features=rows,
+        in_features=cols,
         factor_dtype=parameter.dtype if fused else torch.float32,
         weight_format=weight_format,
         fp32_products=base.fp32_products if fused and parameter.dtype == torch.float32 else "exact",

@@ -19,7 +19,7 @@ from .._lib import check, ffi, lib
 from .._linear import Linear
 from .._types import Layout, LinearSpec, Plan
 from ..choose import AUTO_FORMAT, DTYPE_OF_FORMAT, choose
-from ..dense import parts_of
+from ..dense import parts_of, shape_of
 from ..engine import Engine
 from ..rules import AdamW
 from .architecture import Architecture, Module, modules_of
@@ -212,7 +212,7 @@ def _handled(found: Architecture, options: Options) -> dict[str, Handled]:
     dtype = DTYPES[options.dtype]
     weight_format = _weight_format(options)
     fused = LinearSpec(1, 1, AdamW(), dtype, weight_format, options.state_format)
-    # What is left is one row of fp32 gradients to the library.
+    # What is left has fp32 gradients to the library.
     left = replace(fused, factor_dtype=torch.float32, state_formats=options.rest_state_format)
     model = skeleton(modules, dtype)
     handled = {}
@@ -226,8 +226,9 @@ def _handled(found: Architecture, options: Options) -> dict[str, Handled]:
         else:
             owner = by_bias[choice.name]
             shape, group = local_bias(owner, options.tp), f"{owner.group}.bias"
-        row = replace(left, in_features=prod(shape))
-        layout, _plan, _workspace = _asked(row, 1, 1, 1, False, "auto")
+        rows, cols = shape_of(prod(shape))
+        spec = replace(left, out_features=rows, in_features=cols)
+        layout, _plan, _workspace = _asked(spec, 1, 1, 1, False, "auto")
         handled[choice.name] = Handled(choice.name, group, shape, False, choice.why, layout)
     return handled
 
