@@ -7,18 +7,13 @@ Writes ``convergence.svg`` and ``convergence.png`` beside the JSON.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from convergence_runs import MASTER
 from convergence_targets import PERCENT, PERCENT_Q8, by_name, most_percent
+from figures import result_of, save
 
 Row = dict[str, Any]
 REFERENCE, STOCHASTIC, NEAREST = "#555555", "#d1495b", "#4477aa"
@@ -100,21 +95,11 @@ def draw(result: Row) -> Any:
 
 def main() -> None:
     """Draw what the result holds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("result", type=Path)
-    path = parser.parse_args().result
-    plt.rcParams["svg.hashsalt"] = "forge"
-    result = json.loads(path.read_text())
+    path, result = result_of(__doc__)
     if not by_name(result["rows"]):
         raise SystemExit(f"{path} has no run that ended with a loss")
     figure = draw(result)
-    for suffix in ("svg", "png"):
-        target = path.with_suffix(f".{suffix}")
-        # No date: the same numbers are to give the same file.
-        figure.savefig(target, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
-        print(target)
+    save(figure, path.with_suffix(""))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,10 @@ Writes ``llama_step_memory.svg`` and ``llama_step_time.svg`` and the same as PNG
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from figures import result_of, save
 from llama_targets import ratio
 from matplotlib.ticker import FuncFormatter, NullLocator
 from plot_labels import label
@@ -146,24 +141,9 @@ def times(result: Row, rows: list[Row]) -> Any:
     return figure
 
 
-def save(figure: Any, stem: Path) -> None:
-    """As SVG and PNG; the same numbers give the same file."""
-    for suffix in ("svg", "png"):
-        path = stem.with_name(f"{stem.name}.{suffix}")
-        figure.savefig(path, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
-        print(path)
-    plt.close(figure)
-
-
 def main() -> None:
     """Draw what the result holds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("result", type=Path)
-    path = parser.parse_args().result
-    plt.rcParams["svg.hashsalt"] = "forge"
-    result = json.loads(path.read_text())
+    path, result = result_of(__doc__)
     rows = measured(result["rows"])
     if not rows:
         raise SystemExit(f"{path} has no row with a time")

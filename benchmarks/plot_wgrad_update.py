@@ -8,16 +8,12 @@ the same as PNG beside the JSON.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from figures import result_of, save
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 Row = dict[str, Any]
@@ -108,24 +104,12 @@ def draw(rows: list[Row], kind: str, result: dict[str, Any], stem: Path) -> None
         fontsize=10,
         wrap=True,
     )
-    for suffix in ("svg", "png"):
-        path = stem.with_name(f"{stem.name}_{kind}.{suffix}")
-        # No date: the same numbers are to give the same file.
-        metadata = {"Date": None} if suffix == "svg" else None
-        figure.savefig(path, dpi=130, metadata=metadata)
-        print(path)
-    plt.close(figure)
+    save(figure, stem.with_name(f"{stem.name}_{kind}"))
 
 
 def main() -> None:
     """Draw what the result holds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("result", type=Path)
-    path = parser.parse_args().result
-    plt.rcParams["svg.hashsalt"] = "forge"
-    result = json.loads(path.read_text())
+    path, result = result_of(__doc__)
     stem = path.with_suffix("")
     for row in result["rows"]:
         if row.get("pair_mj") and row.get("forge_mj"):

@@ -28,7 +28,9 @@ def row_of(method: Method, tokens: int) -> Row:
     formats = {"weight_format": method.weight_format, "state_format": method.state_format}
     flags = {"schedule": method.schedule, "clip": method.clip, "graph": method.graph}
     name = {"name": str(method), "method": method.kind, "tokens": tokens}
-    return {**name, **formats, **flags, "rest": method.rest}
+    own = method.kind == "forge" and method.rest == "forge"
+    rest = {"rest": method.rest, "rest_state_format": method.state_format if own else ""}
+    return {**name, **formats, **flags, **rest}
 
 
 def step_times(

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from ._arguments import positive_count
 from ._types import SCHEDULES, STATE_FORMATS, WEIGHT_FORMATS
 
 _DESCRIPTION = """\
@@ -24,12 +25,6 @@ examples:
   linears alone
       %(prog)s --linear 14336x4096*64 --linear 4096x14336*32 --tokens 512
 """
-
-
-def _count(text: str) -> int:
-    if not (text.isdigit() and 0 < int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def add_to(tools: Any) -> None:
@@ -51,9 +46,12 @@ def add_to(tools: Any) -> None:
         help="linears by hand, with their inputs as activations; more than once",
     )
     tool.add_argument(
-        "--tokens", type=_count, required=True, help="of a micro-batch, all sequences together"
+        "--tokens",
+        type=positive_count,
+        required=True,
+        help="of a micro-batch, all sequences together",
     )
-    tool.add_argument("--batch", type=_count, default=1, help="sequences that they are")
+    tool.add_argument("--batch", type=positive_count, default=1, help="sequences that they are")
     tool.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the model")
     tool.add_argument("--weight-format", choices=("auto", *WEIGHT_FORMATS), default="auto")
     tool.add_argument("--state-format", choices=STATE_FORMATS, default="fp32")
@@ -62,10 +60,12 @@ def add_to(tools: Any) -> None:
     )
     tool.add_argument("--schedule", choices=SCHEDULES, default="auto")
     tool.add_argument("--clip", action="store_true", help="clip the global gradient norm")
-    tool.add_argument("--micro-batches", type=_count, default=1, metavar="N", help="per step")
-    tool.add_argument("--tp", type=_count, default=1, help="ranks of tensor parallelism")
+    tool.add_argument(
+        "--micro-batches", type=positive_count, default=1, metavar="N", help="per step"
+    )
+    tool.add_argument("--tp", type=positive_count, default=1, help="ranks of tensor parallelism")
     tool.add_argument("--sp", action="store_true", help="sequence parallelism among them")
-    tool.add_argument("--dp", type=_count, default=1, help="ranks of data parallelism")
+    tool.add_argument("--dp", type=positive_count, default=1, help="ranks of data parallelism")
     tool.add_argument(
         "--activation-checkpointing",
         action="store_true",

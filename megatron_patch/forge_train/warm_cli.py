@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import rules
+from ._arguments import positive_count
 from ._types import FP32_PRODUCTS, ROUNDINGS, STATE_FORMATS, WEIGHT_FORMATS, LinearSpec
 from .model_shapes import Shape, shapes_of
 from .warm import Kernel, warm
@@ -40,12 +41,6 @@ def _shape(text: str) -> Shape:
     if not (cross and out.isdigit() and features.isdigit() and int(out) and int(features)):
         raise argparse.ArgumentTypeError(f"{text!r} is not OUTxIN, such as 14336x4096")
     return int(out), int(features)
-
-
-def _count(text: str) -> int:
-    if not (text.isdigit() and 0 < int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def add_to(tools: Any) -> None:
@@ -91,17 +86,17 @@ def add_to(tools: Any) -> None:
         help="of a weight, before it is shared out; more than once (default: any shape)",
     )
     tool.add_argument("--model", type=Path, metavar="CONFIG.JSON", help="the shapes of a model")
-    tool.add_argument("--tp", type=_count, default=1, help="ranks that share out a weight")
+    tool.add_argument("--tp", type=positive_count, default=1, help="ranks that share out a weight")
     tool.add_argument(
         "--tokens",
-        type=_count,
+        type=positive_count,
         action="append",
         metavar="N",
         help="of a micro-batch; more than once (default: any number)",
     )
     tool.add_argument(
         "--micro-batches",
-        type=_count,
+        type=positive_count,
         default=1,
         metavar="N",
         help="that one update sums under the schedule 'deferred' (default: 1)",
@@ -118,10 +113,14 @@ def add_to(tools: Any) -> None:
         help="any shape, tokens and micro-batches",
     )
     tool.add_argument(
-        "--sm-count", type=_count, help="multiprocessors (default: as most GPUs of --arch have)"
+        "--sm-count",
+        type=positive_count,
+        help="multiprocessors (default: as most GPUs of --arch have)",
     )
     tool.add_argument("--cache-dir", type=Path, help="(default: as a run's)")
-    tool.add_argument("--threads", type=_count, default=None, help="(default: one for each core)")
+    tool.add_argument(
+        "--threads", type=positive_count, default=None, help="(default: one for each core)"
+    )
     tool.set_defaults(run=run)
 
 

@@ -9,8 +9,7 @@ use super::super::parameters::KernelStep;
 use super::super::workspace::PANEL_BYTES;
 use super::super::{grid, sources};
 use super::policy::{NARROW_COLS, TILE_ROWS, Tile, candidates, choose, plan};
-use super::{Call, EMPTY, Mode, Reports, Rest, Specialisation, Streams};
-use super::{fits, streamed, with_tokens};
+use super::{Call, EMPTY, Reports, Rest, Specialisation, Streams, fits};
 use crate::error::Result;
 use crate::format::StateFormat;
 
@@ -53,17 +52,8 @@ impl<'a> One<'a> {
     /// None where the kernel does not take it in a group. `step`: where it finds its scalars.
     pub fn new(gpu: &'a Gpu, entry: &GroupEntry<'a>, step: KernelStep) -> Option<Self> {
         let GroupEntry { scheme, shard, factors, accumulator, arrays, .. } = *entry;
-        let call = Call {
-            gpu,
-            scheme,
-            shard,
-            factors: with_tokens(factors),
-            arrays: streamed(scheme, accumulator, arrays),
-            scales: arrays.scales.map(|s| s as DevicePtr),
-            mode: Mode::Update,
-            step,
-            reports: Reports::NONE,
-        };
+        let reports = Reports::NONE;
+        let call = Call::of_update(gpu, scheme, shard, factors, accumulator, arrays, step, reports);
         let possible =
             fits(scheme, shard) && call.possible() && call.factors.len() == 1 && has_room(shard);
         possible.then_some(Self { call })
@@ -149,7 +139,7 @@ pub fn most_partials(ones: &[&One]) -> u64 {
 }
 
 /// Enqueues the update of all of them. `partials(n)`: room for n partials of each, one weight's behind the
-/// other's, or 0. `weights`: place for what [`GroupMaps`] says, as large as a panel. Whether the kernel takes
+/// other's, or 0. `weights`: place for each weight's maps, as large as a panel. Whether the kernel takes
 /// them.
 ///
 /// # Safety

@@ -200,17 +200,7 @@ pub unsafe fn try_update(
     if !fits(scheme, shard) {
         return Ok(false);
     }
-    let call = Call {
-        gpu,
-        scheme,
-        shard,
-        factors: with_tokens(factors),
-        arrays: streamed(scheme, accumulator, arrays),
-        scales: arrays.scales.map(|s| s as DevicePtr),
-        mode: Mode::Update,
-        step,
-        reports,
-    };
+    let call = Call::of_update(gpu, scheme, shard, factors, accumulator, arrays, step, reports);
     // SAFETY: as promised by the caller.
     unsafe { call.run(stream) }
 }
@@ -351,7 +341,30 @@ fn readable(factor: &Matrix) -> bool {
     (factor.data as usize).is_multiple_of(16) && factor.stride.is_multiple_of(8)
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
+    fn of_update(
+        gpu: &'a Gpu,
+        scheme: &'a Scheme,
+        shard: &'a Shard,
+        factors: &[Factors],
+        accumulator: Option<Accumulator>,
+        arrays: &Arrays,
+        step: KernelStep,
+        reports: Reports,
+    ) -> Self {
+        Self {
+            gpu,
+            scheme,
+            shard,
+            factors: with_tokens(factors),
+            arrays: streamed(scheme, accumulator, arrays),
+            scales: arrays.scales.map(|s| s as DevicePtr),
+            mode: Mode::Update,
+            step,
+            reports,
+        }
+    }
+
     /// Whether the kernel's boxes fit shapes and addresses.
     fn possible(&self) -> bool {
         (1..=MOST_SEGMENTS).contains(&self.factors.len())
