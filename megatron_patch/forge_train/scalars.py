@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ._lib import ffi
 from ._types import Scalars
-from .rules import hyper_values, on_gpu, raw_values
+from .rules import Rule, hyper_values, on_gpu, raw_values
 from .weights import Weight
 
 # The words of the struct; all of them have eight bytes.
@@ -23,6 +24,7 @@ _STEP, _SEED, _SCALE, _HYPER = (
     for field in ("step", "seed", "grad_scale", "hyper")
 )
 _WORDS = ffi.sizeof("forge_step_scalars") // 8
+_PLAIN = (int, float, str, type(None))  # bool is an int
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class ScalarTable:
         # Of each row: what the options say, and what its memory holds.
         self._wanted: dict[int, _Numbers] = {}
         self._written: dict[int, _Numbers] = {}
+        # Of each row: what its numbers in `_wanted` were made from.
+        self._checked: dict[int, tuple[Any, ...]] = {}
+        self._names: dict[int, tuple[Rule, tuple[str, ...]]] = {}
         # Rows that tensors of options have been copied to in this step.
         self._copied: set[int] = set()
         self._scale: float | None = None
@@ -105,7 +110,7 @@ class ScalarTable:
         before = self._row
         self._members = {m[0]: [self._weights[i] for i in m] for m in together.values()}
         self._row = {id(w): row for row, members in self._members.items() for w in members}
-        self._wanted, self._written, self._scale = {}, {}, None
+        self._wanted, self._written, self._checked, self._scale = {}, {}, {}, None
         for row, members in self._members.items():
             self._words[row, _STEP].fill_(members[0].counted + 1)
         self.layout += self._row != before
@@ -139,6 +144,10 @@ class ScalarTable:
                 self.replace()
                 return self.prepare(weights, seed, grad_scale)
         for row, weight in rows.items():
+            made_from = self._source(weight, seed, grad_scale)
+            if made_from is not None and self._checked.get(row) == made_from:
+                continue
+            self._checked.pop(row, None)
             scalars = weight.linear.scalars(
                 weight.group, step=weight.counted + 1, seed=seed, grad_scale=grad_scale
             )
@@ -147,6 +156,27 @@ class ScalarTable:
             tensors = {index: value.detach() for index, value in values if on_gpu(value)}
             hyper = (None if i in tensors else value for i, value in enumerate(scalars.hyper))
             self._wanted[row] = _Numbers(seed, tuple(hyper), tensors)
+            if made_from is not None:
+                self._checked[row] = made_from
+
+    def _source(self, weight: Weight, seed: int, grad_scale: float) -> tuple[Any, ...] | None:
+        """What a row's numbers are made from; None: tensors, whose values may have changed."""
+        rule, group = weight.linear.spec.rule, weight.group
+        known = self._names.get(id(rule))
+        if known is None:
+            known = self._names[id(rule)] = rule, tuple(rule.options)
+        values: list[Any] = [id(group), seed, grad_scale]
+        for name in known[1]:
+            value = group.get(name)
+            if isinstance(value, (list, tuple)):
+                # A list may change in place.
+                value = tuple(value)
+                if not all(isinstance(each, _PLAIN) for each in value):
+                    return None
+            elif not isinstance(value, _PLAIN):
+                return None
+            values.append(value)
+        return tuple(values)
 
     def take(self, weight: Weight, grad_scale: float | None) -> Scalars | torch.Tensor:
         """What the next update of a weight takes, after :meth:`prepare`: by value, or its row.
