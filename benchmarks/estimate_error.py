@@ -42,7 +42,7 @@ def predicted_gb(row: dict[str, Any], model: str) -> float | None:
         clip=bool(row["clip"]),
         norm="fused",
         rest=row["rest"],
-        rest_state_format=row["rest_state_format"] or "fp32",
+        rest_state_format=row.get("rest_state_format") or "fp32",
     )
     named = [
         each

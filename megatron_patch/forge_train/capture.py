@@ -93,6 +93,11 @@ class CapturedStep(Generic[T]):
                     "tensors; what is no tensor is fixed at the capture, so let the function close "
                     "over it"
                 )
+            if value.requires_grad:
+                raise ValueError(
+                    f"input {index} requires a gradient, which would be that of the copy that the "
+                    "graph reads; pass input.detach(), or make it a parameter"
+                )
         if self._inputs is None:
             self._inputs = [
                 torch.empty_like(value, device=self._device, requires_grad=False)

@@ -34,10 +34,12 @@ def shape_of(elements: int) -> tuple[int, int]:
 def parts_of(elements: int) -> int:
     """Into how many equal parts of whole q8 blocks a gradient is cut that is not fp32.
 
-    One where it is small, or where no number up to 4096 divides it.
+    As few as have no more than :data:`MOST_ELEMENTS`; where no number of them up to 4096 divides
+    it, the most below.
     """
     fewest = -(-elements // MOST_ELEMENTS)
-    return next((n for n in range(fewest, 4097) if elements % (_BLOCK * n) == 0), 1)
+    numbers = [*range(fewest, 4097), *range(fewest - 1, 0, -1)]
+    return next((n for n in numbers if elements % (_BLOCK * n) == 0), 1)
 
 
 class Part(NamedTuple):

@@ -329,6 +329,7 @@ class Engine:
         """Note that a graph has made steps: graphs of autograd from before are out of date."""
         self.steps += steps
         self.scalars.replayed(steps)
+        self.reports.replayed()
         for weight in self.weights:
             weight.version += 1
 

@@ -87,14 +87,16 @@ class Fused:
         module._forge = weight  # type: ignore[assignment]
         self._modules.append(module)
 
+        name = weight.name  # not the weight: parameter and hook would keep each other
+
         def refuse(parameter: torch.Tensor) -> None:
             # Autograd calls this after fused_linear's own "no gradient", too.
             if parameter.grad is None:
                 return
             parameter.grad = None
             raise RuntimeError(
-                f"{weight.name} got an ordinary gradient: it is used outside its torch.nn.Linear, "
-                f"where FORGE cannot see it. Exclude it: fuse(..., exclude=({weight.name!r},))."
+                f"{name} got an ordinary gradient: it is used outside its torch.nn.Linear, "
+                f"where FORGE cannot see it. Exclude it: fuse(..., exclude=({name!r},))."
             )
 
         self._handles.append(weight.parameter.register_post_accumulate_grad_hook(refuse))

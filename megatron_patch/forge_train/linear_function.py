@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from . import linear_op  # noqa: F401  (registers torch.ops.forge)
-from .linear_passes import backward_pass, forward_pass
+from .linear_passes import backward_pass, forward_pass, sharded_autocast
 from .weights import FusedWeight, Use
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -112,6 +112,8 @@ def _cast(
             "needs gradients that FORGE does not make. Use torch.autocast(dtype=torch.bfloat16), "
             "or convert the model (model.bfloat16()) before fuse()."
         )
+    if weight.parameter.dtype != dtype and weight.linear.comm.size > 1:
+        raise RuntimeError(sharded_autocast(weight.name))
     return x.to(dtype), bias.to(dtype) if bias is not None else None
 
 

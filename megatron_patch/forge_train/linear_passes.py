@@ -11,6 +11,15 @@ from ._types import BackwardResult
 from .weights import FusedWeight, Use
 
 
+def sharded_autocast(name: str) -> str:
+    """Why a cast W cannot be shared out: dX of a cast W is torch's, which knows no other ranks."""
+    return (
+        f"{name}: torch.autocast is not supported under tensor parallelism. Convert the model "
+        "(model.bfloat16()) before fuse() and choose weight_format='bf16+16', which keeps the fp32 "
+        "weights."
+    )
+
+
 def forward_pass(
     x: torch.Tensor, parameter: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -49,6 +58,8 @@ def backward_pass(
         raise RuntimeError(f"{weight.name} is in no engine: call engine.add([weight]) first")
     weight.take_factors(x.dtype)
     cast = x.dtype != weight.storage.weight.dtype
+    if cast and weight.linear.comm.size > 1:
+        raise RuntimeError(sharded_autocast(weight.name))
     if not cast or not need_dx:
         return engine.backward(weight, use, dy, x, need_dx=need_dx, need_dbias=need_dbias)
     # W rounded as in the forward, which a matrix product of one dtype then takes; before the

@@ -37,6 +37,10 @@ def release(parameters: Iterable[torch.Tensor]) -> None:
     """Let any optimizer step these parameters again."""
     for parameter in parameters:
         _owners.pop(parameter, None)
+    if not _owners:
+        for hook in _hooks:
+            hook.remove()
+        _hooks.clear()
 
 
 def _owner(parameter: torch.Tensor) -> tuple[torch.optim.Optimizer, str] | None:
@@ -51,7 +55,10 @@ def _refuse_second(optimizer: torch.optim.Optimizer, *_arguments: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             owner = _owner(parameter)
-            if owner is not None and owner[0] is not optimizer:
+            if owner is None or owner[0] is optimizer:
+                continue
+            # One that is made around the owner steps by it.
+            if not any(value is owner[0] for value in vars(optimizer).values()):
                 raise RuntimeError(
                     f"{owner[1]} is stepped by fused.optimizer; this {type(optimizer).__name__} "
                     "holds it, too. It has changed nothing. Give it other parameters only (those "

@@ -31,19 +31,25 @@ class Reports:
         self._rows: dict[int, int] = {}
         self._structs: DeviceStructs | None = None
         self._unread: dict[int, Weight] = {}
+        self._known: dict[int, Weight] = {}
 
     def row(self, weight: Weight) -> torch.Tensor:
         """Where the next update of a weight leaves its report."""
         if self._structs is None or id(weight) not in self._rows:
             self.read()
+            self._known.clear()
             self._rows = {id(each): row for row, each in enumerate(self._weights)}
             self._structs = DeviceStructs("forge_report", len(self._weights), weight.linear.device)
-        self._unread[id(weight)] = weight
+        self._unread[id(weight)] = self._known[id(weight)] = weight
         return self._structs.rows[self._rows[id(weight)]]
 
     def place(self, weight: Weight) -> int:
         """The number of a weight's row; it has one."""
         return self._rows[id(weight)]
+
+    def replayed(self) -> None:
+        """Note that a graph may have written any row: the next :meth:`read` reads them again."""
+        self._unread.update(self._known)
 
     def words(self) -> torch.Tensor:
         """All rows as ``int64 [n]``, for :func:`report_in`; some row was asked for."""

@@ -67,6 +67,8 @@ class ScalarTable:
         self._written: dict[int, _Numbers] = {}
         # Of each row: what its numbers in `_wanted` were made from.
         self._checked: dict[int, tuple[Any, ...]] = {}
+        # Of each row that a graph has copied from: where the tensors of options were.
+        self._bound: dict[int, dict[int, int]] = {}
         self._names: dict[int, tuple[Rule, tuple[str, ...]]] = {}
         # Rows that tensors of options have been copied to in this step.
         self._copied: set[int] = set()
@@ -111,6 +113,7 @@ class ScalarTable:
         self._members = {m[0]: [self._weights[i] for i in m] for m in together.values()}
         self._row = {id(w): row for row, members in self._members.items() for w in members}
         self._wanted, self._written, self._checked, self._scale = {}, {}, {}, None
+        self._bound = {}
         for row, members in self._members.items():
             self._words[row, _STEP].fill_(members[0].counted + 1)
         self.layout += self._row != before
@@ -221,6 +224,9 @@ class ScalarTable:
                     # Each a kernel that carries the number: no memory of the host to wait for.
                     reals[_HYPER + index].fill_(value)
             self._written[row] = wanted
+        at = {index: value.data_ptr() for index, value in wanted.on_gpu.items()}
+        if capturing and at:
+            self._bound[row] = at
         if wanted.on_gpu and row not in self._copied:
             for index, value in wanted.on_gpu.items():
                 reals[_HYPER + index].copy_(value.reshape(()))
@@ -230,9 +236,18 @@ class ScalarTable:
         """Bring all rows up to date, for a graph that reads them.
 
         Raises:
+            RuntimeError: a graph reads a tensor that is no option any more.
             ValueError: see :meth:`prepare`; nothing was written.
         """
         self.prepare(self._weights, seed, 1.0)
+        for row, were in self._bound.items():
+            if were != {i: value.data_ptr() for i, value in self._wanted[row].on_gpu.items()}:
+                raise RuntimeError(
+                    f"{self._members[row][0].name}: an option of its param group that was a tensor "
+                    "on the GPU when the step was captured is another one now, or a number, which "
+                    "the graph does not read; change the tensor's value (lr.fill_(…)), or capture "
+                    "again"
+                )
         for row in self._members:
             self._write(row, self._capturing)
         self._copied.clear()

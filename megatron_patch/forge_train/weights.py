@@ -174,6 +174,8 @@ class FusedWeight(Weight):
 
     @step.setter
     def step(self, count: int) -> None:
+        # The count of a checkpoint, whose weights and states know nothing of this step's update.
+        self.updated = False
         Weight.step.fset(self, count)  # type: ignore[attr-defined]
 
     @property

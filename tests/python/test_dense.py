@@ -121,6 +121,8 @@ def test_parts_are_whole_blocks():
     assert dense.parts_of(4096) == dense.parts_of(dense.MOST_ELEMENTS) == 1
     # Nothing divides it into whole blocks: one.
     assert dense.parts_of(128 * 131071 + 1) == 1
+    # 128257 is prime: 32 divides the width alone.
+    assert dense.parts_of(128257 * 4096) == 32
     for elements in (151936 * 896, 50304 * 768, 32000 * 4096):
         count = dense.parts_of(elements)
         assert elements % (128 * count) == 0 and elements // count <= dense.MOST_ELEMENTS

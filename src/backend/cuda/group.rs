@@ -334,7 +334,9 @@ unsafe fn enqueue_sm90(
 ) -> Result<Vec<bool>> {
     let mut taken = vec![false; entries.len()];
     for Alike { first, ones, .. } in &alike(gpu, entries, mainloop, workspace.scalars) {
-        let launches = ones.len().div_ceil(ones[0].1.room());
+        let partials = sm90::group::most_partials(&[&ones[0].1]);
+        let most = ones[0].1.room().min((MOST_PARTIALS / partials) as usize).max(1);
+        let launches = ones.len().div_ceil(most);
         let stream = due.stream;
         // SAFETY: as promised by the caller.
         unsafe { reduce::prologue(gpu, first.scheme, first.step, workspace.scalars, stream)? };
