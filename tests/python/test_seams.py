@@ -34,7 +34,7 @@ def test_autocast_of_a_shard_is_refused_before_anything_is_computed():
     x = torch.randn(4, 8, requires_grad=True)
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(RuntimeError, match="layer: torch.autocast is not supported under tensor"),
+        pytest.raises(RuntimeError, match=r"layer: torch\.autocast is not supported under tensor"),
     ):
         fused_linear(x, weight)
     assert not weight.uses
