@@ -8,8 +8,9 @@ use super::super::gpu::{Gpu, Kernel};
 use super::super::parameters::KernelStep;
 use super::super::workspace::PANEL_BYTES;
 use super::super::{grid, sources};
+use super::maps::EMPTY;
 use super::policy::{NARROW_COLS, TILE_ROWS, Tile, candidates, choose, plan};
-use super::{Call, EMPTY, Reports, Rest, Specialisation, Streams, fits};
+use super::{Call, Reports, Rest, Specialisation, Streams, fits};
 use crate::error::Result;
 use crate::format::StateFormat;
 
