@@ -140,7 +140,7 @@ impl Case {
     /// zeroed, added to, and read by the optimizer.
     fn two_phase(&mut self, cpu: &Cpu) {
         self.gradient.fill(0.0);
-        let (gradient, f) = (Accumulator(self.gradient.as_mut_ptr()), self.factors());
+        let (gradient, f) = (Accumulator::fp32(self.gradient.as_mut_ptr()), self.factors());
         // SAFETY: sizes by construction.
         unsafe { cpu.accumulate(&self.scheme, &self.shard, &[f], gradient, NULL) }.unwrap();
         self.optimizer_pass(cpu);
@@ -195,7 +195,7 @@ impl Case {
     /// One pass over weight, states and a gradient in memory: FORGE's own rule, no GEMM.
     fn optimizer_pass(&mut self, cpu: &Cpu) {
         let arrays = self.arrays();
-        let gradient = Some(Accumulator(self.gradient.as_mut_ptr()));
+        let gradient = Some(Accumulator::fp32(self.gradient.as_mut_ptr()));
         // SAFETY: sizes by construction.
         unsafe {
             cpu.update(

@@ -125,6 +125,9 @@ def times(result: Row, rows: list[Row]) -> Any:
             label="speed of light, bf16 weights and states",
         )
     above.set_yscale("log")
+    plain = FuncFormatter(lambda value, _place: f"{value:g}")
+    above.yaxis.set_major_formatter(plain)
+    above.yaxis.set_minor_formatter(plain)
     above.set_ylabel("step time, ms", fontsize=9)
     below.axhline(1.0, color="black", linewidth=1)
     below.set_ylabel("time / torch's fused AdamW, same run and clipping", fontsize=9)

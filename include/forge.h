@@ -89,11 +89,13 @@ enum forge_status
   FORGE_ERROR_MEMORY = 115,
   // The CPU function of a user's rule reported failure. Its tile is as it was; others may be updated.
   FORGE_ERROR_RULE_FUNCTION = 200,
-  // One of the caller's collectives reported failure: look there; forge_linear_backward says what has
-  // changed.
+  // A collective failed: the caller's own, whose reasons are there, or NCCL's, which is given up after a failure
+  // or its timeout. forge_linear_backward says what has changed.
   FORGE_ERROR_COLLECTIVE = 300,
   // Rank and size do not fit each other: rank is below size, size is at least 1.
   FORGE_ERROR_RANK = 301,
+  // NCCL is missing, too old, or lacks a function: the message says what was found where.
+  FORGE_ERROR_NO_NCCL = 302,
   // The backend asked for is not to be had here, no driver, no GPU, or one of them too old: the message
   // says which; or use the CPU.
   FORGE_ERROR_NO_BACKEND = 400,
@@ -401,6 +403,20 @@ typedef struct {
   int32_t (*wait)(void *user);
 } forge_host_collectives;
 
+// A rank of a new NCCL communicator.
+typedef struct {
+  // sizeof(forge_nccl_config).
+  uint32_t struct_size;
+  // This rank, below `size`.
+  uint32_t rank;
+  // Ranks, each with the same `id`.
+  uint32_t size;
+  // After which a collective, or the making of the communicator, has failed; 0: 600,000.
+  uint32_t timeout_ms;
+  // Of forge_nccl_unique_id, which one rank calls and sends to the others.
+  uint8_t id[128];
+} forge_nccl_config;
+
 // What a context is made of.
 typedef struct {
   // sizeof(forge_context_config).
@@ -688,6 +704,20 @@ typedef struct {
   double sum_of_squares;
 } forge_report;
 
+// A norm without a gradient.
+typedef struct {
+  // sizeof(forge_norm).
+  uint32_t struct_size;
+  // The forge_norm_method that gave it: GRAM or TILES.
+  uint32_t method;
+  // Σ dW² of this shard, before any scale; not finite where dW is not.
+  double sum_of_squares;
+  // 1 where dW is not finite.
+  uint32_t nonfinite;
+  // 0.
+  uint32_t reserved;
+} forge_norm;
+
 // One backward. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
 // has tokens/ranks rows. dx and dbias may have data NULL: not wanted.
 typedef struct {
@@ -720,6 +750,9 @@ typedef struct {
   const forge_step *step;
   // In the backend's memory, written whole when an UPDATE runs; NULL: none.
   forge_report *device_report;
+  // Of KEEP: the norm of dW, as of forge_linear_norm_async with FORGE_NORM_AUTO over these factors alone; NULL:
+  // none.
+  forge_norm *device_norm;
 } forge_backward;
 
 // The factors of one micro-batch, as the shard of W needs them (after gathering).
@@ -744,7 +777,8 @@ typedef struct {
   uint32_t n_segments;
   // In the order in which they are summed.
   const forge_segment *segments;
-  // fp32 [out_local, in_local], added to dW; data NULL: none.
+  // fp32 [out_local, in_local], added to dW; data NULL: none. Without segments it is the gradient, and may
+  // also be of factor_dtype: its bytes tell.
   forge_const_buffer accumulator;
   // The parameter.
   const forge_parameter *parameter;
@@ -753,20 +787,6 @@ typedef struct {
   // In the backend's memory, written whole when the work runs; NULL: none.
   forge_report *device_report;
 } forge_update;
-
-// A norm without a gradient.
-typedef struct {
-  // sizeof(forge_norm).
-  uint32_t struct_size;
-  // The forge_norm_method that gave it: GRAM or TILES.
-  uint32_t method;
-  // Σ dW² of this shard, before any scale; not finite where dW is not.
-  double sum_of_squares;
-  // 1 where dW is not finite.
-  uint32_t nonfinite;
-  // 0.
-  uint32_t reserved;
-} forge_norm;
 
 // Is told of each kernel that forge_warm or forge_context_warm has made ready: `what` names it and
 // `path` is its file (both valid during the call), `compiled` is 1 where it was compiled, in `seconds`, and 0
@@ -850,6 +870,58 @@ forge_status forge_comm_new_host(forge_context *context,
                                  uint32_t size,
                                  const forge_host_collectives *collectives,
                                  forge_comm **out_comm);
+
+// NCCL's version, as it counts itself: 22703 is 2.27.3. The library is that of the environment variable FORGE_NCCL,
+// else the one that the process has loaded, as torch has, else the system's `libnccl.so.2`.
+//
+// Errors: FORGE_ERROR_NO_NCCL.
+//
+// # Safety
+// `out_version` points to a number.
+forge_status forge_nccl_version(uint32_t *out_version);
+
+// A new id for forge_comm_new_nccl: one rank calls this and sends the 128 bytes to the others.
+//
+// Errors: FORGE_ERROR_NO_NCCL, FORGE_ERROR_COLLECTIVE.
+//
+// # Safety
+// `out_id` points to 128 bytes.
+forge_status forge_nccl_unique_id(uint8_t *out_id);
+
+// A communicator of NCCL, between GPUs. All ranks call this at the same time; it returns when they have. Its
+// collectives run on a stream of their own, which the backward's streams are ordered with; no call waits for
+// them on the host. A rank that is lost is noticed by the next collective, or by forge_comm_check.
+//
+// Errors: FORGE_ERROR_NO_NCCL, FORGE_ERROR_RANK, FORGE_ERROR_COLLECTIVE (a rank did not come within the
+// timeout, or NCCL's own words), FORGE_ERROR_DEVICE, FORGE_ERROR_UNSUPPORTED (the CPU's context).
+//
+// # Safety
+// `context` is a live context, `config` points to a struct of its `struct_size`, `out_comm` to a pointer.
+forge_status forge_comm_new_nccl(forge_context *context,
+                                 const forge_nccl_config *config,
+                                 forge_comm **out_comm);
+
+// A communicator over an `ncclComm_t` that somebody else made, such as a framework's: no memory of its own, but
+// the owner must not use it during a call, and must keep it until this one and all linears made with it are
+// freed. `timeout_ms` as in forge_nccl_config.
+//
+// Errors: as forge_comm_new_nccl; FORGE_ERROR_NULL.
+//
+// # Safety
+// `context` is a live context, `nccl_comm` a live communicator of its GPU, `out_comm` points to a pointer.
+forge_status forge_comm_borrow_nccl(forge_context *context,
+                                    void *nccl_comm,
+                                    uint32_t timeout_ms,
+                                    forge_comm **out_comm);
+
+// Whether all is well with a communicator, without waiting: NCCL's failures so far, and collectives that have
+// not ended within the timeout. After a failure every call that needs it fails in the same words.
+//
+// Errors: FORGE_ERROR_COLLECTIVE.
+//
+// # Safety
+// `comm` is a live communicator.
+forge_status forge_comm_check(const forge_comm *comm);
 
 // Frees a communicator; NULL is allowed. Linears made with it stay valid.
 //
@@ -1027,8 +1099,8 @@ forge_status forge_linear_check_step(const forge_linear *linear,
 // the last wait is reported after it. `report` may be NULL; where it is not, CUDA waits for the
 // stream (`backward->device_report` needs no wait).
 //
-// Written: `dx`, `dbias`, `workspace`, and by mode weight, `weight_extra`, states and scales (UPDATE) or
-// `accumulator` (ACCUMULATE).
+// Written: `dx`, `dbias`, `workspace`, and by mode weight, `weight_extra`, states and scales (UPDATE),
+// `accumulator` (ACCUMULATE) or `device_norm` (KEEP).
 //
 // Errors: FORGE_ERROR_COLLECTIVE; for CUDA FORGE_ERROR_DEVICE, FORGE_ERROR_COMPILE, FORGE_ERROR_WORKSPACE; those
 // of the 1xx band about the argument that the message names, before anything is written.
@@ -1078,7 +1150,8 @@ forge_status forge_linear_accumulate(forge_linear *linear,
                                      void *stream);
 
 // `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW. The method asked for is a wish: with
-// an accumulator, or where Gram sums would cancel or overflow, tiles are taken; `out->method` tells.
+// an accumulator, or where Gram sums would cancel or overflow, tiles are taken; `out->method` tells. The
+// accumulator is as in forge_update.
 // On CUDA this waits for the stream; see forge_linear_norm_async.
 //
 // # Safety

@@ -131,12 +131,12 @@ FORGE_DEVICE void store_state(const ShardArrays &arrays, const Place &place, con
 #pragma unroll
         for (int distance = LANES / 2; distance > 0; distance /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
-        const formats::Q8Block<STATE_SIGNED<K>, Form::USED> block(largest,
-                                                                  Form::unit(step.constants, K));
+        const formats::Q8Block<STATE_SIGNED<K>, Form::USED, STATE_DRAWS<K>> block(
+            largest, Form::unit(step.constants, K));
         u32 codes[RUN];
 #pragma unroll
         for (int j = 0; j < RUN; ++j)
-            codes[j] = block.template encode<STATE_DRAWS<K>>(s[j], random[j]);
+            codes[j] = block.encode(s[j], random[j]);
         Run<1> run;
 #pragma unroll
         for (int j = 0; j < RUN; j += 4)

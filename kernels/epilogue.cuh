@@ -12,6 +12,7 @@ namespace forge {
 
 struct Q8Row {
     float decode;  // of the stored codes: q8_decode_factor
+    float encode;  // of the new ones: q8_encode_factor
     float largest; // of the new values: |m|, or sqrt(v)
 };
 
@@ -56,7 +57,7 @@ struct ChunkUpdate {
     // wide tile or q8 needs.
     static constexpr int TOGETHER =
         (FORGE_TILE_COLS > 128 && (FORGE_STATE_STOCHASTIC || MATRICES == 4)) ||
-                (any_q8() && FORGE_STATE_STOCHASTIC)
+                (any_q8() && FORGE_STATE_STOCHASTIC && N_STATES > 2)
             ? 2
             : 4;
 
@@ -280,50 +281,66 @@ struct ChunkUpdate {
                 }
             }
         }
-        if constexpr (any_q8()) {
-            if constexpr (N_STATES > 0 && STATE[0] == StateFormat::Q8)
-                encode<0, KEPT>(slot, kept[0], q8[0].largest, scales[0], index);
-            if constexpr (N_STATES > 1 && STATE[1] == StateFormat::Q8)
-                encode<1, KEPT>(slot, kept[1], q8[1].largest, scales[1], index);
-            if constexpr (N_STATES > 2 && STATE[2] == StateFormat::Q8)
-                encode<2, KEPT>(slot, kept[2], q8[2].largest, scales[2], index);
-        }
+        if constexpr (any_q8())
+            encode(slot, kept, q8, scales, index);
+    }
+
+    template <class F> FORGE_DEVICE static void for_q8(F body) {
+        for_constants<N_STATES>([&](auto constant) {
+            if constexpr (is_q8(decltype(constant)::value))
+                body(constant);
+        });
     }
 
     // A quad's row of 128 columns is one block; the host takes this path for whole blocks only.
-    template <int S, int KEPT>
-    FORGE_DEVICE void encode(u32 slot, float (&values)[KEPT], float largest, float *scale,
-                             u64 index) const {
+    template <int KEPT>
+    FORGE_DEVICE void encode(u32 slot, const float (&values)[3][KEPT], Q8Row (&rows)[3],
+                             float *const (&scales)[3], u64 index) const {
         static_assert(CHUNK_COLS == 128, "a chunk holds whole q8 blocks");
-        constexpr bool CODE = SIGNED[S];
-        largest = fminf(quad_maximum(largest), CODE ? LARGEST : LARGEST_ROOT);
-        const float factor = q8_encode_factor<CODE>(largest);
+        for_q8([&](auto constant) {
+            constexpr int S = decltype(constant)::value;
+            constexpr bool CODE = SIGNED[S];
+            Q8Row &row = rows[S];
+            row.largest = fminf(quad_maximum(row.largest), CODE ? LARGEST : LARGEST_ROOT);
+            row.encode = q8_encode_factor<CODE, FORGE_STATE_STOCHASTIC != 0>(row.largest);
+        });
+        // All states of 32 columns, so that their draws come from the same call. It is made again
+        // rather than kept from the weight's: registers are what is short.
 #pragma unroll
-        for (int group = 0; group < KEPT / 8; ++group) {
-            Draws random{};
-            // Drawn again rather than kept: registers are what is short.
-            if constexpr (FORGE_STATE_STOCHASTIC)
-                random = draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index,
-                               false, group);
-#pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                const int j = 4 * group + p;
-                u32 x, y;
-                if constexpr (FORGE_STATE_STOCHASTIC) {
-                    const u32 word = random.word[p];
-                    x = q8_encode_stochastic<CODE>(values[2 * j], factor, q8_noise_low(word));
-                    y = q8_encode_stochastic<CODE>(values[2 * j + 1], factor, q8_noise_high(word));
-                } else {
-                    x = q8_encode<CODE>(values[2 * j], factor);
-                    y = q8_encode<CODE>(values[2 * j + 1], factor);
-                }
-                shared_store_u16(pair_at<1>(slot + first1, j) + array_offset(A_STATE0 + S),
-                                 __byte_perm(x, y, 0x0040));
-            }
-        }
+        for (int group = 0; group < KEPT / 8; ++group)
+            for_q8([&](auto constant) {
+                constexpr int S = decltype(constant)::value;
+                encode_group<S>(slot, values[S], rows[S].encode, index, group);
+            });
         __syncwarp();
-        if (lane.q == 0)
-            *scale = q8_stored_scale(largest, Form::unit(step.constants, S));
+        for_q8([&](auto constant) {
+            constexpr int S = decltype(constant)::value;
+            if (lane.q == 0)
+                *scales[S] = q8_stored_scale(rows[S].largest, Form::unit(step.constants, S));
+        });
+    }
+
+    template <int S, int KEPT>
+    FORGE_DEVICE void encode_group(u32 slot, const float (&values)[KEPT], float factor, u64 index,
+                                   int group) const {
+        constexpr bool CODE = SIGNED[S];
+        Draws random{};
+        if constexpr (FORGE_STATE_STOCHASTIC)
+            random = draws(static_cast<Stream>(static_cast<u32>(Stream::State0) + S), index, false,
+                           group);
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            const int j = 4 * group + p;
+            const float x = values[2 * j], y = values[2 * j + 1];
+            const u32 word = random.word[p];
+            u32 codes;
+            if constexpr (FORGE_STATE_STOCHASTIC)
+                codes = __byte_perm(q8_encode_stochastic<CODE>(x, factor, word & 0xFFFFu),
+                                    q8_encode_stochastic<CODE>(y, factor, word >> 16), 0x0062);
+            else
+                codes = __byte_perm(q8_encode<CODE>(x, factor), q8_encode<CODE>(y, factor), 0x0040);
+            shared_store_u16(pair_at<1>(slot + first1, j) + array_offset(A_STATE0 + S), codes);
+        }
     }
 };
 

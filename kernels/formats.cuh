@@ -90,7 +90,7 @@ template <int DTYPE> FORGE_DEVICE void store_factor(void *data, u64 at, float va
 
 // A block's constants, from the largest |value| of it, NaN left out. ROOT: values are roots
 // already.
-template <bool SIGNED, bool ROOT = false> struct Q8Block {
+template <bool SIGNED, bool ROOT = false, bool STOCHASTIC = false> struct Q8Block {
     float scale;  // as stored
     float factor; // from a root to its position among the codes
     float most;   // of a value, before its root is taken
@@ -101,19 +101,18 @@ template <bool SIGNED, bool ROOT = false> struct Q8Block {
         most = largest = fminf(largest, ROOT && !SIGNED ? LARGEST_ROOT : LARGEST);
         if (!SIGNED && !ROOT)
             largest = fast_sqrt(largest);
-        factor = q8_encode_factor<SIGNED>(largest);
+        factor = q8_encode_factor<SIGNED, STOCHASTIC>(largest);
         scale = q8_stored_scale(largest, unit);
     }
 
     // `draw` of 16 bits decides where rounding is stochastic.
-    template <bool STOCHASTIC> FORGE_DEVICE u32 encode(float value, u32 draw) const {
+    FORGE_DEVICE u32 encode(float value, u32 draw) const {
         // Also for a NaN, as in the fused kernel.
         value = copysignf(fminf(fabsf(value), most), value);
         if (!SIGNED && !ROOT)
             value = fast_sqrt(value);
-        const u32 code = STOCHASTIC
-                             ? q8_encode_stochastic<SIGNED>(value, factor, q8_noise_low(draw))
-                             : q8_encode<SIGNED>(value, factor);
+        const u32 code = STOCHASTIC ? q8_encode_stochastic<SIGNED>(value, factor, draw) >> 16
+                                    : q8_encode<SIGNED>(value, factor);
         return code & 0xFFu;
     }
 };

@@ -85,8 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (col >= shard.cols)
             continue;
         if constexpr (IS_Q8) {
-            static_cast<u8 *>(data)[at] =
-                static_cast<u8>(block.template encode<false>(value[i], 0));
+            static_cast<u8 *>(data)[at] = static_cast<u8>(block.encode(value[i], 0));
         } else if constexpr (IS_WEIGHT && FORGE_FORMAT == W_LOW) {
             static_cast<u16 *>(data)[at] = static_cast<u16>(formats::upper_half(value[i]));
             static_cast<u16 *>(arrays.extra)[at] = static_cast<u16>(formats::lower_half(value[i]));

@@ -37,12 +37,15 @@ template <bool SIGNED, bool RAW> FORGE_DEVICE float q8_decode(u32 code_as_float,
     }
 }
 
-// From the scale of a block, max |m| or max sqrt(v), to the factor of its encoding.
-template <bool SIGNED> FORGE_DEVICE float q8_encode_factor(float scale) {
+// From the scale of a block, max |m| or max sqrt(v), to the factor of its encoding. Where a draw is
+// added, the largest entry must not come out above the last code, though root and reciprocal are
+// fast ones: one part in 2^19 less.
+template <bool SIGNED, bool STOCHASTIC = false> FORGE_DEVICE float q8_encode_factor(float scale) {
+    constexpr float MOST = (SIGNED ? 127.0f : 255.0f) * (STOCHASTIC ? 1.0f - 1.0f / 524288 : 1.0f);
     if (scale < SMALLEST_NORMAL)
         return 0.0f;
-    return SIGNED ? __fmul_rn(127.0f, fast_reciprocal(fast_sqrt(scale)))
-                  : __fmul_rn(255.0f, fast_reciprocal(scale));
+    return SIGNED ? __fmul_rn(MOST, fast_reciprocal(fast_sqrt(scale)))
+                  : __fmul_rn(MOST, fast_reciprocal(scale));
 }
 
 FORGE_DEVICE float q8_stored_scale(float largest, float unit) {
@@ -66,29 +69,17 @@ template <bool SIGNED> FORGE_DEVICE u32 q8_encode(float value, float factor) {
     }
 }
 
-// The same, up or down by a draw of 16 bits: noise is 1 + draw/65536.
-FORGE_DEVICE float q8_noise_low(u32 draws) {
-    return bits_to_float(((draws << 7) & 0x7FFF80u) | 0x3F800000u);
-}
-FORGE_DEVICE float q8_noise_high(u32 draws) {
-    return bits_to_float(((draws >> 9) & 0x7FFF80u) | 0x3F800000u);
-}
-
-template <bool SIGNED>
-FORGE_DEVICE u32 q8_encode_stochastic(float value, float factor, float noise) {
-    // floor(x + u) is the integer nearest to x + u − 1/2; half a draw more, and there is no tie.
-    // The sum's own rounding may lift the largest entry past the last code, which would wrap
-    // around.
-    constexpr float HALF = 1.5f - 0.5f / 65536.0f, MOST = SIGNED ? 127.0f : 255.0f;
-    const float root = SIGNED ? fast_sqrt(fabsf(value)) : value;
-    const float position = fminf(__fsub_rn(__fmaf_rn(root, factor, noise), HALF), MOST);
-    if constexpr (SIGNED) {
-        // Below zero only by what rounds to zero.
-        return float_to_bits(
-            __fadd_rn(copysignf(fmaxf(position, 0.0f), value), ROUND_MAGIC + 128.0f));
-    } else {
-        return float_to_bits(fmaxf(__fadd_rn(position, ROUND_MAGIC), q8_least_code(value)));
-    }
+// The same, up or down by a draw of 16 bits, with the code in the third byte.
+//
+// From 256 to 512 a float's last bit is worth 2^-15: its bits, doubled, are a number with 16 bits
+// behind the point, to which a draw is added. Cut, that is floor(x + u).
+template <bool SIGNED> FORGE_DEVICE u32 q8_encode_stochastic(float value, float factor, u32 draw) {
+    float lifted;
+    if constexpr (SIGNED)
+        lifted = __fmaf_rn(fast_sqrt(fabsf(value)), copysignf(factor, value), 256.0f + 128.0f);
+    else // Any number above zero gets 1 at least, since it divides.
+        lifted = fmaxf(__fmaf_rn(value, factor, 256.0f), 256.0f + saturated(value, 1.2676506e30f));
+    return (float_to_bits(lifted) << 1) + draw;
 }
 
 } // namespace forge

@@ -1,4 +1,5 @@
 // Sums in a fixed order: squares of a region, and tile partials to a report or a norm.
+#include "formats.cuh"
 #include "prelude.cuh"
 #include "report.cuh"
 #include "shard.cuh"
@@ -95,9 +96,10 @@ extern "C" __global__ void __launch_bounds__(REDUCE_THREADS)
         *second = norm;
 }
 
-// A partial for each tile of 64 × 128 of an fp32 matrix.
+// A partial for each tile of 64 × 128 of a matrix of `dtype` (see load_factor).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    forge_squares(const float *data, u64 stride, u64 rows, u64 cols, TilePartial *partials) {
+    forge_squares(const void *data, u64 stride, u32 dtype, u64 rows, u64 cols,
+                  TilePartial *partials) {
     __shared__ double sums[THREADS / 32];
     const u64 across = (cols + TILE_COLS - 1) / TILE_COLS;
     const u64 row0 = blockIdx.x / across * TILE_ROWS, col0 = blockIdx.x % across * TILE_COLS;
@@ -106,7 +108,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll 8
     for (u32 i = 0; i < TILE_ROWS; i += THREADS / TILE_COLS) {
         const u64 row = row0 + i + threadIdx.x / TILE_COLS;
-        const float x = row < rows && col < cols ? data[row * stride + col] : 0.0f;
+        float x = 0.0f;
+        if (row < rows && col < cols) {
+            const u64 at = row * stride + col;
+            x = dtype == 0   ? formats::load_factor<0>(data, at)
+                : dtype == 1 ? formats::load_factor<1>(data, at)
+                             : formats::load_factor<2>(data, at);
+        }
         sum += static_cast<double>(x) * static_cast<double>(x);
     }
     sum = block_sum<THREADS>(sum, sums);

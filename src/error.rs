@@ -47,11 +47,13 @@ pub enum forge_status {
     FORGE_ERROR_MEMORY = 115,
     /// The CPU function of a user's rule reported failure. Its tile is as it was; others may be updated.
     FORGE_ERROR_RULE_FUNCTION = 200,
-    /// One of the caller's collectives reported failure: look there; forge_linear_backward says what has
-    /// changed.
+    /// A collective failed: the caller's own, whose reasons are there, or NCCL's, which is given up after a failure
+    /// or its timeout. forge_linear_backward says what has changed.
     FORGE_ERROR_COLLECTIVE = 300,
     /// Rank and size do not fit each other: rank is below size, size is at least 1.
     FORGE_ERROR_RANK = 301,
+    /// NCCL is missing, too old, or lacks a function: the message says what was found where.
+    FORGE_ERROR_NO_NCCL = 302,
     /// The backend asked for is not to be had here, no driver, no GPU, or one of them too old: the message
     /// says which; or use the CPU.
     FORGE_ERROR_NO_BACKEND = 400,
@@ -95,6 +97,7 @@ impl forge_status {
         S::FORGE_ERROR_RULE_FUNCTION,
         S::FORGE_ERROR_COLLECTIVE,
         S::FORGE_ERROR_RANK,
+        S::FORGE_ERROR_NO_NCCL,
         S::FORGE_ERROR_NO_BACKEND,
         S::FORGE_ERROR_THREADS,
         S::FORGE_ERROR_DEVICE,
@@ -126,6 +129,7 @@ impl forge_status {
             S::FORGE_ERROR_RULE_FUNCTION => c"FORGE_ERROR_RULE_FUNCTION",
             S::FORGE_ERROR_COLLECTIVE => c"FORGE_ERROR_COLLECTIVE",
             S::FORGE_ERROR_RANK => c"FORGE_ERROR_RANK",
+            S::FORGE_ERROR_NO_NCCL => c"FORGE_ERROR_NO_NCCL",
             S::FORGE_ERROR_NO_BACKEND => c"FORGE_ERROR_NO_BACKEND",
             S::FORGE_ERROR_THREADS => c"FORGE_ERROR_THREADS",
             S::FORGE_ERROR_DEVICE => c"FORGE_ERROR_DEVICE",

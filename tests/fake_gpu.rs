@@ -4,7 +4,7 @@
 mod fake_cuda;
 
 use cudarc::driver::sys;
-use fake_cuda::{again, build, directory, finish};
+use fake_cuda::{again, build, directory, finish, last_error, ok, sized};
 use forge::error::forge_status::{self, *};
 use forge::ffi::comm::*;
 use forge::ffi::context::*;
@@ -24,27 +24,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 const ROWS: u64 = 128;
 const COLS: u64 = 256;
 const TOKENS: u64 = 64;
-
-/// A zeroed struct whose `struct_size` is set.
-fn sized<T: Copy>() -> T {
-    // SAFETY: the structs of the C ABI are plain data for which zeros are values; the first field is
-    // their size.
-    unsafe {
-        let mut value = std::mem::zeroed::<T>();
-        (&raw mut value).cast::<u32>().write(size_of::<T>() as u32);
-        value
-    }
-}
-
-fn last_error() -> String {
-    // SAFETY: never NULL, valid until the next failure.
-    unsafe { CStr::from_ptr(forge_last_error()) }.to_string_lossy().into_owned()
-}
-
-#[track_caller]
-fn ok(status: forge_status) {
-    assert_eq!(status, FORGE_OK, "{}", last_error());
-}
 
 /// Memory of the fake GPU, zeroed; never freed.
 fn device(bytes: u64) -> forge_buffer {

@@ -27,6 +27,7 @@ const NOT_THE_CALLERS: &[forge_status] = &[
     FORGE_ERROR_DEVICE,
     FORGE_ERROR_COMPILE,
     FORGE_ERROR_CACHE,
+    FORGE_ERROR_NO_NCCL,
 ];
 
 /// Calls that one linear is used for.

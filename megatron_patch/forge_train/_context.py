@@ -67,6 +67,8 @@ class Context:
         self.threads = torch.get_num_threads() if threads is None else threads
         self.workspace: torch.Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
+        # Of `_stream`: its handle, as torch and as C name it.
+        self._raw_stream, self._handle_of_stream = -1, ffi.NULL
         config = new_struct("forge_context_config")
         if self.asynchronous:
             count = torch.cuda.device_count()
@@ -96,11 +98,18 @@ class Context:
         # The allocator may give out memory that the stream has yet to be done with.
         torch.cuda.current_stream(self.device).synchronize()
         check(lib.forge_context_set_workspace(self.handle, buffer[0]), "context")
-        self._stream = torch.cuda.current_stream(self.device)
+        self._follow(torch.cuda.current_stream(self.device))
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        """Note the stream of the last call."""
+        self._stream, self._raw_stream = stream, stream.cuda_stream
+        self._handle_of_stream = ffi.cast("void *", self._raw_stream)
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the device torch's current one, and the one before it current again at the end."""
-        return torch.cuda.device(self.device) if self.asynchronous else _NO_GUARD
+        if self.device.type == "cpu" or torch.cuda.current_device() == self.device.index:
+            return _NO_GUARD
+        return torch.cuda.device(self.device)
 
     def stream(self) -> Any:
         """The ``stream`` argument of a call: torch's current stream; NULL on the CPU.
@@ -111,12 +120,15 @@ class Context:
         """
         if self.device.type == "cpu":
             return ffi.NULL
+        if torch._C._cuda_getCurrentRawStream(self.device.index) == self._raw_stream:
+            return self._handle_of_stream
         stream = torch.cuda.current_stream(self.device)
-        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
-            if self._stream is not None:
-                stream.wait_stream(self._stream)
-            self._stream = stream
-        return ffi.cast("void *", stream.cuda_stream)
+        if torch.cuda.is_current_stream_capturing():
+            return ffi.cast("void *", stream.cuda_stream)
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._follow(stream)
+        return self._handle_of_stream
 
     def hold(self, *tensors: torch.Tensor) -> None:
         """Keep memory from reuse until the current stream has read it, whoever lets go of it."""

@@ -47,6 +47,25 @@ _MODES = {
 }
 
 
+class _Known:
+    """A ``forge_parameter``, for as long as its tensors are these and where they were."""
+
+    def __init__(self, struct: Any, arrays: Sequence[torch.Tensor | None]) -> None:
+        self.struct = struct
+        self._were = [None if array is None else ref(array) for array in arrays]
+        self._at = [None if array is None else array.data_ptr() for array in arrays]
+
+    def is_of(self, arrays: Sequence[torch.Tensor | None]) -> bool:
+        """Whether a struct of these would be the same."""
+        for array, was, at in zip(arrays, self._were, self._at, strict=True):
+            if array is None or was is None:
+                if array is not was:
+                    return False
+            elif was() is not array or array.data_ptr() != at:
+                return False
+        return True
+
+
 class Linear:
     """Owns a ``forge_linear``; knows nothing of autograd or modules.
 
@@ -98,7 +117,16 @@ class Linear:
         self.handle = ffi.gc(out[0], lib.forge_linear_free)
         self.state_formats = tuple(spec.formats_of(len(self.rule.state_names)))
         self.layout = self._layout()
-        self._last_parameter: tuple[Any, list[ref[torch.Tensor]], list[int]] | None = None
+        # Column gathers X, so dY has every token; row gathers dY, so X has.
+        gathers = spec.sequence_parallel and self.comm.size > 1
+        self._gathers_x = gathers and spec.parallel == "column"
+        self._gathers_dy = gathers and spec.parallel == "row"
+        self._names = f"{name}: dY", f"{name}: X"
+        # Kept from call to call, for a call's own work is a few µs.
+        self._last_parameter: _Known | None = None
+        self._last_places: dict[str, tuple[torch.Tensor, Any]] = {}
+        self._workspace_bytes: dict[int, int] = {}
+        self._idle_calls: list[Any] = []
 
     def _layout(self) -> Layout:
         out = new_struct("forge_layout")
@@ -176,6 +204,7 @@ class Linear:
         accumulator: torch.Tensor | None = None,
         scalars: Scalars | torch.Tensor | None = None,
         report: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
     ) -> BackwardResult:
         """A whole backward in one call: communication, dX, dbias and, by ``mode``, the weight.
 
@@ -191,31 +220,35 @@ class Linear:
             scalars: the step's numbers, or the tensor that :meth:`device_scalars` made of them.
             report: where ``update`` leaves its report, ``uint8 [sizeof(forge_report)]`` on the
                 device; None: the call waits for the update and returns it.
+            norm: where ``keep`` leaves ``Σ dW²`` of these factors, ``uint8 [sizeof(forge_norm)]``
+                in the backend's memory; None: it is not computed.
         """
         dtype, layout = self.spec.factor_dtype, self.layout
-        dy2d = as_factor(dy, layout.out_local, dtype, self.device, f"{self.name}: dY")
-        x2d = as_factor(x, layout.in_local, dtype, self.device, f"{self.name}: X")
-        # Column gathers X, so dY has every token; row gathers dY, so X has.
-        gathers = self.spec.sequence_parallel and self.comm.size > 1
-        gathers_x, gathers_dy = (gathers and self.spec.parallel == p for p in ("column", "row"))
+        dy2d = as_factor(dy, layout.out_local, dtype, self.device, self._names[0])
+        x2d = as_factor(x, layout.in_local, dtype, self.device, self._names[1])
+        gathers_x, gathers_dy = self._gathers_x, self._gathers_dy
         tokens = (x2d if gathers_dy else dy2d).shape[0]
         if gathers_x:
             x2d = x2d.contiguous()
         if gathers_dy:
             dy2d = dy2d.contiguous()
-        dx = torch.empty(x2d.shape, dtype=dtype, device=self.device) if need_dx else None
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else None
         dbias = (
             torch.empty(layout.out_local, dtype=dtype, device=self.device) if need_dbias else None
         )
         workspace = self._workspace(tokens)
 
-        call, host_report = new_struct("forge_backward"), ffi.NULL
+        # Two threads may be here at once.
+        call = self._idle_calls.pop() if self._idle_calls else new_struct("forge_backward")
+        host_report = ffi.NULL
         call.mode, call.tokens = _MODES[mode], tokens
         call.dy_stride, call.x_stride = fill_matrix(call.dy, dy2d), fill_matrix(call.x, x2d)
         fill_buffer(call.dx, dx, self.device, "dX")
         fill_buffer(call.dbias, dbias, self.device, "dbias")
         fill_buffer(call.workspace, workspace, self.device, "workspace")
-        fill_buffer(call.accumulator, accumulator, self.device, f"{self.name}: accumulator")
+        fill_buffer(call.accumulator, accumulator, self.device, "accumulator")
+        call.device_report = ffi.NULL
+        call.device_norm = ffi.NULL if norm is None else self.place(norm, "forge_norm")
         if mode == "update":
             host_report = self._report(call, report)
         # The struct holds pointers only: these names keep their targets alive over the call.
@@ -226,6 +259,7 @@ class Linear:
             stream = self.context.stream()
             status = lib.forge_linear_backward(self.handle, call, host_report, stream)
             self.comm.check(status, self.name)
+        self._idle_calls.append(call)
 
         segment = None
         if mode == "keep":
@@ -235,7 +269,7 @@ class Linear:
                 dy2d = self._gathered(workspace, tokens, layout.out_local)
             segment = Segment.of(dy2d, x2d)
         return BackwardResult(
-            dx=dx.view(x.shape) if dx is not None else None,
+            dx=dx,
             dbias=dbias,
             segment=segment,
             report=report_of(host_report) if host_report else None,
@@ -245,9 +279,16 @@ class Linear:
         """Have the report left in ``report``, or return the host's struct for it."""
         if report is None:
             return new_struct("forge_report")
-        what = f"{self.name}: report"
-        call.device_report = struct_at(report, "forge_report", self.device, what)
+        call.device_report = self.place(report, "forge_report")
         return ffi.NULL
+
+    def place(self, row: torch.Tensor, struct: str) -> Any:
+        """The address of a struct in the backend's memory; a tensor's memory stays where it is."""
+        known, at = self._last_places.get(struct, (None, None))
+        if row is not known:
+            at = struct_at(row, struct, self.device, f"{self.name}: {struct}")
+            self._last_places[struct] = row, at
+        return at
 
     def _step(self, scalars: Scalars | torch.Tensor) -> Any:
         if isinstance(scalars, torch.Tensor):
@@ -257,21 +298,21 @@ class Linear:
     def _parameter(self, storage: Storage) -> Any:
         """The struct of the last call, while its tensors are the same and where they were."""
         arrays = [storage.weight, storage.weight_extra, *storage.states, *storage.scales]
-        tensors = [array for array in arrays if array is not None]
-        at = [tensor.data_ptr() for tensor in tensors]
         before = self._last_parameter
-        if before is not None:
-            made, were, places = before
-            if at == places and all(ref() is one for ref, one in zip(were, tensors, strict=True)):
-                return made
-        made = parameter_struct(storage, self.device, self.name)
-        self._last_parameter = made, [ref(tensor) for tensor in tensors], at
-        return made
+        if before is None or not before.is_of(arrays):
+            made = parameter_struct(storage, self.device, self.name)
+            self._last_parameter = before = _Known(made, arrays)
+        return before.struct
 
     def _workspace(self, tokens: int) -> torch.Tensor | None:
-        out = ffi.new("uint64_t *")
-        check(lib.forge_linear_workspace(self.handle, tokens, out), self.name)
-        return torch.empty(out[0], dtype=torch.uint8, device=self.device) if out[0] else None
+        size = self._workspace_bytes.get(tokens)
+        if size is None:
+            out = ffi.new("uint64_t *")
+            check(lib.forge_linear_workspace(self.handle, tokens, out), self.name)
+            if len(self._workspace_bytes) >= 64:
+                self._workspace_bytes.clear()
+            size = self._workspace_bytes[tokens] = out[0]
+        return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
 
     def _gathered(self, workspace: torch.Tensor | None, tokens: int, cols: int) -> torch.Tensor:
         """The gathered factor that ``keep`` leaves at the start of the workspace."""
@@ -314,7 +355,7 @@ class Linear:
             segments: factors, summed in this order.
             storage: the parameter.
             scalars: as in :meth:`backward`.
-            accumulator: fp32 ``[out_local, in_local]``.
+            accumulator: fp32 ``[out_local, in_local]``; without segments also of the factor dtype.
             report: as in :meth:`backward`.
 
         Returns:
@@ -340,10 +381,10 @@ class Linear:
         array, step = segment_array(segments, self.device, self.name), self._step(scalars)
         parameter = self._parameter(storage)
         call.n_segments, call.segments = len(segments), array
-        fill_buffer(call.accumulator, accumulator, self.device, f"{self.name}: accumulator")
+        fill_buffer(call.accumulator, accumulator, self.device, "accumulator")
         call.parameter, call.step = parameter, step
         self._hold(segments)
-        return call, (array, step, parameter)
+        return call, (array, step, parameter, accumulator)
 
     def _call(self, function: Any, *arguments: Any) -> None:
         """Run a function of the library on torch's current stream of this device."""
@@ -374,7 +415,7 @@ class Linear:
 
         Args:
             segments: factors.
-            accumulator: fp32 ``[out_local, in_local]``, added to their sum.
+            accumulator: as in :meth:`update`, added to their sum.
             method: ``auto``, ``gram`` or ``tiles``.
             out: where the norm is left, ``uint8 [sizeof(forge_norm)]`` on the device; None: the
                 call waits for it and returns it.
@@ -385,8 +426,7 @@ class Linear:
         arguments = (array, len(segments), buffer[0], choice(NORM_METHODS, "method", method))
         self._hold(segments)
         if out is not None:
-            place = struct_at(out, "forge_norm", self.device, f"{self.name}: norm")
-            self._call(lib.forge_linear_norm_async, *arguments, place)
+            self._call(lib.forge_linear_norm_async, *arguments, self.place(out, "forge_norm"))
             return None
         norm = new_struct("forge_norm")
         self._call(lib.forge_linear_norm, *arguments, norm)

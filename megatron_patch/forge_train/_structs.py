@@ -39,13 +39,21 @@ def parameter_struct(storage: Storage, device: torch.device, name: str) -> Any:
     return parameter
 
 
+# Weights whose numbers are the same are updated one after the other.
+_last_step: tuple[Scalars | torch.Tensor | None, Any] = None, ffi.NULL
+
+
 def step_struct(scalars: Scalars | torch.Tensor) -> Any:
     """A ``forge_step`` that carries its scalars by value, or points to :func:`scalars_bytes`."""
-    step = new_struct("forge_step")
-    if isinstance(scalars, torch.Tensor):
-        step.device_scalars = ffi.cast("forge_step_scalars *", scalars.data_ptr())
-    else:
-        _fill_scalars(step.scalars, scalars)
+    global _last_step
+    known, step = _last_step
+    if scalars is not known:
+        step = new_struct("forge_step")
+        if isinstance(scalars, torch.Tensor):
+            step.device_scalars = ffi.cast("forge_step_scalars *", scalars.data_ptr())
+        else:
+            _fill_scalars(step.scalars, scalars)
+        _last_step = scalars, step
     return step
 
 
@@ -113,11 +121,16 @@ class DeviceStructs:
         structs.rows = words.view(torch.uint8).view(1, -1)
         return structs
 
-    def read(self, convert: Callable[[Any], T]) -> list[T]:
-        """Wait for the current stream and convert all structs, after one copy to the host."""
+    def read(self, convert: Callable[[Any], T], rows: Sequence[int] | None = None) -> list[T]:
+        """Wait for the current stream and convert structs, after one copy to the host.
+
+        Args:
+            convert: makes a struct something of Python's.
+            rows: which; None: all.
+        """
         host = self.rows.cpu()
         structs = ffi.cast(f"{self.name} *", host.data_ptr())
-        return [convert(structs[index]) for index in range(host.shape[0])]
+        return [convert(structs[row]) for row in (range(host.shape[0]) if rows is None else rows)]
 
 
 def struct_at(row: torch.Tensor, name: str, device: torch.device, what: str) -> Any:

@@ -50,7 +50,7 @@ def fill_buffer(buffer: Any, tensor: torch.Tensor | None, device: torch.device, 
             f"{what} must be contiguous, has strides {tensor.stride()}; pass tensor.contiguous()"
         )
     buffer.data = ffi.cast("void *", tensor.data_ptr())
-    buffer.bytes = tensor.numel() * tensor.element_size()
+    buffer.bytes = tensor.nbytes
 
 
 def fill_matrix(buffer: Any, matrix: torch.Tensor) -> int:
@@ -59,11 +59,14 @@ def fill_matrix(buffer: Any, matrix: torch.Tensor) -> int:
     Returns:
         The elements between two rows; 0: contiguous.
     """
-    rows, cols = matrix.shape
-    stride = matrix.stride(0) if rows > 1 else cols
     buffer.data = ffi.cast("void *", matrix.data_ptr())
-    buffer.bytes = ((rows - 1) * stride + cols) * matrix.element_size() if rows else 0
-    return stride if stride != cols else 0
+    if matrix.is_contiguous():
+        buffer.bytes = matrix.nbytes
+        return 0
+    rows, cols = matrix.shape
+    stride = matrix.stride(0)
+    buffer.bytes = ((rows - 1) * stride + cols) * matrix.element_size()
+    return int(stride)
 
 
 def as_factor(
@@ -76,6 +79,11 @@ def as_factor(
     Raises:
         ValueError: last dimension, dtype or device do not fit.
     """
+    if tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous():
+        # As most are.
+        shape = tensor.shape
+        if shape and shape[-1] == cols:
+            return tensor if len(shape) == 2 else tensor.view(-1, cols)
     require_device(tensor, device, what)
     if tensor.dim() == 0 or tensor.shape[-1] != cols:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -215,8 +216,7 @@ class Plan:
     reason: str
 
 
-@dataclass(frozen=True)
-class BackwardResult:
+class BackwardResult(NamedTuple):
     """dX, dbias where asked for; the kept factors in ``keep`` mode; the report in ``update``."""
 
     dx: torch.Tensor | None

@@ -19,7 +19,7 @@ from ._types import SCHEDULES, BackwardResult, choice
 from .decision import Decision, clip_coefficient, decide, number
 from .dense import DenseWeight
 from .misuse import recomputed, reused, second_backward
-from .reports import Reports, norms_of, sums_of_squares
+from .reports import Norms, Reports
 from .scalars import ScalarTable
 from .step import StepResult
 from .update import update_pending
@@ -85,6 +85,7 @@ class Engine:
         self.check_finite, self.seed = check_finite, seed
         self.weights: list[Weight] = []
         self.reports = Reports(self.weights)
+        self.norms = Norms(self.weights)
         self.scalars = ScalarTable(self.weights, in_memory=capturable)
         self.steps = 0
 
@@ -135,7 +136,8 @@ class Engine:
         # A forward inside a backward pass is activation recomputation: it repeats a use that was
         # counted (or, under reentrant checkpointing, could not be), so only uses of the same pass
         # count against it.
-        if any(not use.done and use.task == task for use in weight.uses):
+        uses = weight.uses
+        if len(uses) and any(not use.done and use.task == task for use in uses):
             if self.schedule == "immediate":
                 raise RuntimeError(reused(weight.name))
             weight.reused = True
@@ -176,28 +178,39 @@ class Engine:
                 "gradient no longer exists. Run the forward again after optimizer.step()."
             )
         use.done = True
-        schedule = self._schedule_of(weight, dy.numel() // max(dy.shape[-1], 1))
+        schedule = self.schedule
+        if schedule == "auto":
+            schedule = self._schedule_of(weight, dy.numel() // max(dy.shape[-1], 1))
         if schedule == "immediate":
-            self.scalars.prepare([weight], self.seed, 1.0)
             result = weight.linear.backward(
                 dy, x, weight.storage, mode="update",
                 need_dx=need_dx, need_dbias=need_dbias,
-                scalars=self.scalars.take(weight, 1.0), report=self.reports.row(weight),
+                scalars=self.scalars.give(weight, self.seed), report=self.reports.row(weight),
             )  # fmt: skip
             weight.updated, weight.version = True, weight.version + 1
             return result
+        first = not weight.pending
+        norm = self.norms.row(weight) if first and self._normed_at_once(weight, schedule) else None
         result = weight.linear.backward(
-            dy, x, weight.storage, mode="keep", need_dx=need_dx, need_dbias=need_dbias
+            dy, x, weight.storage, mode="keep", need_dx=need_dx, need_dbias=need_dbias, norm=norm
         )
         if result.segment is None:
             raise RuntimeError(f"{weight.name}: the backward kept no factors")
         weight.keep(result.segment, accumulate=schedule == "accumulate")
+        self.norms.taken(weight, norm is not None)
+        weight.kept_more = weight.kept_more or not first
         return result
 
+    def _normed_at_once(self, weight: FusedWeight, schedule: str) -> bool:
+        """Whether the step will want the norm of these factors, and they will be all.
+
+        Then the GPU has something to do while the host is still in the backward.
+        """
+        alone = schedule == "deferred" and self.micro_batches == 1 and not weight.kept_more
+        return alone and (self.needs_norm or (self.check_finite and self.schedule == "deferred"))
+
     def _schedule_of(self, weight: FusedWeight, tokens: int) -> str:
-        """This step's schedule for a weight; fixed by its first backward of the step."""
-        if self.schedule != "auto":
-            return self.schedule
+        """This step's schedule for a weight under ``auto``, by its first backward of the step."""
         if weight.schedule is None:
             plan = weight.plans.get(tokens)
             if plan is None:
@@ -221,7 +234,7 @@ class Engine:
         """``Σ dW²`` of everything pending in this process, and the names where it is not finite."""
         total, nonfinite = 0.0, []
         pending = self.pending()
-        for weight, norm in zip(pending, norms_of(pending), strict=True):
+        for weight, norm in zip(pending, self.norms.read(pending), strict=True):
             total += norm.sum_of_squares
             if norm.nonfinite or not math.isfinite(norm.sum_of_squares):
                 nonfinite.append(weight.name)
@@ -267,7 +280,7 @@ class Engine:
         # Under `reduce` every rank has to take part, whatever `auto` chose for its own layers.
         together = not updated or (reduce is not None and self.schedule == "auto")
         if max_norm or (self.check_finite and together):
-            sums = sums_of_squares(pending, self.scalars.device)
+            sums = self.norms.sums(pending, self.scalars.device)
             total = sums.sum() + extra_sum_of_squares
             if reduce is not None:
                 total = torch.full_like(total, reduce(number(total)))
@@ -316,9 +329,12 @@ class Engine:
                 )
         for weight in self.weights:
             weight.clear()
+        self.norms.clear()
+        self.scalars.discard()
 
     def _end_step(self) -> None:
         self.steps += 1
+        self.norms.clear()
         for weight in self.fused:
             weight.updated = False
             weight.schedule = None
@@ -343,6 +359,7 @@ class Engine:
         for weight in self.fused:
             weight.updated = False
             weight.clear()
+        self.norms.clear()
 
     def memory(self) -> dict[str, Any]:
         """Bytes held now: ``weights_and_states``, ``factors``, ``accumulators``."""

@@ -283,7 +283,7 @@ def _spec(
         rule=base.rule.with_options(**options),
         out_features=rows,
         in_features=cols,
-        factor_dtype=parameter.dtype if fused else torch.float32,
+        factor_dtype=parameter.dtype,
         weight_format=weight_format,
         fp32_products=base.fp32_products if fused and parameter.dtype == torch.float32 else "exact",
         state_formats=base.state_formats if fused else rest_state_format,

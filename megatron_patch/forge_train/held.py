@@ -24,6 +24,8 @@ class Held:
 
     def sweep(self) -> int:
         """Let go of what nobody names any more; returns how many are left."""
+        if not self._objects:
+            return 0
         for number in [n for n, (owner, _) in self._objects.items() if owner.expired()]:
             del self._objects[number]
         return len(self._objects)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch.nn import functional
 
@@ -28,7 +26,8 @@ def forward_pass(
     Under ``torch.autocast`` W ``[out, in]`` is fp32 and ``x`` is not: W is cast for the product.
     torch keeps that cast for the region; here it is gone afterwards, for an update may follow.
     """
-    return functional.linear(x, parameter.to(x.dtype), bias)
+    weight = parameter if parameter.dtype == x.dtype else parameter.to(x.dtype)
+    return functional.linear(x, weight, bias)
 
 
 def backward_pass(
@@ -66,4 +65,4 @@ def backward_pass(
     # update, which writes W.
     dx = torch.matmul(dy, weight.storage.weight.to(x.dtype))
     result = engine.backward(weight, use, dy, x, need_dx=False, need_dbias=need_dbias)
-    return replace(result, dx=dx)
+    return result._replace(dx=dx)

@@ -18,30 +18,52 @@ from .weights import Weight
 _REPORT_WORDS = ffi.sizeof("forge_report") // 8
 
 
-class Reports:
-    """The reports of the updates since the last :meth:`read`.
+class _Rows:
+    """A struct for each weight, in one tensor beside the weights.
 
     Args:
+        name: the struct's C type.
         weights: the engine's list, which may still grow.
     """
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
+    def __init__(self, name: str, weights: Sequence[Weight]) -> None:
         """Allocate nothing yet."""
-        self._weights = weights
+        self._name, self._weights = name, weights
         self._rows: dict[int, int] = {}
         self._structs: DeviceStructs | None = None
+        self._tensors: tuple[torch.Tensor, ...] = ()
+
+    def _at(self, weight: Weight) -> torch.Tensor:
+        """A weight's row; where it has none yet, all rows are made anew."""
+        if id(weight) not in self._rows:
+            self._renew()
+            self._rows = {id(each): row for row, each in enumerate(self._weights)}
+            self._structs = DeviceStructs(self._name, len(self._weights), weight.linear.device)
+            self._tensors = self._structs.rows.unbind()
+        return self._tensors[self._rows[id(weight)]]
+
+    def _renew(self) -> None:
+        """Let go of the rows there are: new ones will be made."""
+
+
+class Reports(_Rows):
+    """The reports of the updates since the last :meth:`read`."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        """Allocate nothing yet."""
+        super().__init__("forge_report", weights)
         self._unread: dict[int, Weight] = {}
         self._known: dict[int, Weight] = {}
 
     def row(self, weight: Weight) -> torch.Tensor:
         """Where the next update of a weight leaves its report."""
-        if self._structs is None or id(weight) not in self._rows:
-            self.read()
-            self._known.clear()
-            self._rows = {id(each): row for row, each in enumerate(self._weights)}
-            self._structs = DeviceStructs("forge_report", len(self._weights), weight.linear.device)
+        row = self._at(weight)
         self._unread[id(weight)] = self._known[id(weight)] = weight
-        return self._structs.rows[self._rows[id(weight)]]
+        return row
+
+    def _renew(self) -> None:
+        self.read()
+        self._known.clear()
 
     def place(self, weight: Weight) -> int:
         """The number of a weight's row; it has one."""
@@ -72,23 +94,70 @@ def report_in(words: torch.Tensor, row: int) -> Report:
     return report_of(ffi.cast("forge_report *", own.data_ptr())[0])
 
 
-def sums_of_squares(weights: Sequence[Weight], device: torch.device) -> torch.Tensor:
-    """``Σ dW²`` of what is pending for each weight, fp64 ``[n]`` on ``device``, where they are.
+class Norms(_Rows):
+    """``Σ dW²`` of what is pending.
 
-    The host does not wait. A gradient that is not finite has a sum that is not finite.
+    A norm may be taken by the backward that keeps the factors, where the step is expected to have
+    no others of that weight; else by the step.
     """
-    structs = DeviceStructs("forge_norm", len(weights), device)
-    for weight, row in zip(weights, structs.rows.unbind(), strict=True):
-        weight.norm(row)
-    at = ffi.offsetof("forge_norm", "sum_of_squares") // 8
-    return structs.rows.view(torch.float64)[:, at]
 
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        """Allocate nothing yet."""
+        super().__init__("forge_norm", weights)
+        # Weights whose row is of what they hold.
+        self._taken: set[int] = set()
+        self._picked: tuple[tuple[int, ...], torch.Tensor] | None = None
 
-def norms_of(weights: Sequence[Weight]) -> list[Norm]:
-    """``Σ dW²`` of what is pending for each weight, all of one engine."""
-    if not weights or not weights[0].linear.context.asynchronous:
-        return [norm for weight in weights if (norm := weight.norm()) is not None]
-    structs = DeviceStructs("forge_norm", len(weights), weights[0].linear.device)
-    for weight, row in zip(weights, structs.rows.unbind(), strict=True):
-        weight.norm(row)
-    return structs.read(norm_of)
+    def row(self, weight: Weight) -> torch.Tensor:
+        """Where the norm of a weight goes."""
+        return self._at(weight)
+
+    def _renew(self) -> None:
+        self._taken.clear()
+        self._picked = None
+
+    def taken(self, weight: Weight, known: bool) -> None:
+        """Say whether the row is of all that the weight holds."""
+        (self._taken.add if known else self._taken.discard)(id(weight))
+
+    def clear(self) -> None:
+        """Forget what was taken: nothing is pending any more."""
+        self._taken.clear()
+
+    def sums(self, weights: Sequence[Weight], device: torch.device) -> torch.Tensor:
+        """Those of some weights, fp64 ``[n]`` on ``device``, where they are; nobody waits.
+
+        A gradient that is not finite has a sum that is not finite. The next step overwrites them.
+        """
+        if not weights:
+            return torch.zeros(0, dtype=torch.float64, device=device)
+        self._complete(weights)
+        assert self._structs is not None
+        at = ffi.offsetof("forge_norm", "sum_of_squares") // 8
+        sums = self._structs.rows.view(torch.float64)[:, at]
+        rows = tuple(self._rows[id(weight)] for weight in weights)
+        return sums if rows == tuple(range(len(sums))) else sums[self._index(rows)]
+
+    def read(self, weights: Sequence[Weight]) -> list[Norm]:
+        """Those of some weights; waits for them."""
+        if not weights:
+            return []
+        self._complete(weights)
+        assert self._structs is not None
+        return self._structs.read(norm_of, [self._rows[id(weight)] for weight in weights])
+
+    def _complete(self, weights: Sequence[Weight]) -> None:
+        """Take what no backward has taken."""
+        # One that is new moves the others, too.
+        for weight in weights:
+            self.row(weight)
+        for weight in weights:
+            if id(weight) not in self._taken:
+                weight.norm(self.row(weight))
+
+    def _index(self, rows: tuple[int, ...]) -> torch.Tensor:
+        """As a tensor beside them. The last one is kept: to make it the host waits for its copy."""
+        assert self._structs is not None
+        if self._picked is None or self._picked[0] != rows:
+            self._picked = rows, torch.tensor(rows, device=self._structs.rows.device)
+        return self._picked[1]

@@ -7,7 +7,7 @@ where the updates read them: in rows of one tensor, each a ``forge_step_scalars`
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ _STEP, _SEED, _SCALE, _HYPER = (
     for field in ("step", "seed", "grad_scale", "hyper")
 )
 _WORDS = ffi.sizeof("forge_step_scalars") // 8
-_PLAIN = (int, float, str, type(None))  # bool is an int
+_PLAIN = frozenset((int, float, bool, str, type(None)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class ScalarTable:
         # Of each row that a graph has copied from: where the tensors of options were.
         self._bound: dict[int, dict[int, int]] = {}
         self._names: dict[int, tuple[Rule, tuple[str, ...]]] = {}
+        # Of each row that an update inside the backward has asked for in this step: what it took.
+        self._given: dict[int, tuple[Mapping[str, Any], Scalars | torch.Tensor]] = {}
         # Rows that tensors of options have been copied to in this step.
         self._copied: set[int] = set()
         self._scale: float | None = None
@@ -127,6 +129,7 @@ class ScalarTable:
         """Find rows anew before the next step: weights were added, or a group was exchanged."""
         self.read()
         self._placed = False
+        self._given.clear()
 
     # -- what an update takes -----------------------------------------------------------------
 
@@ -169,15 +172,15 @@ class ScalarTable:
         if known is None:
             known = self._names[id(rule)] = rule, tuple(rule.options)
         values: list[Any] = [id(group), seed, grad_scale]
-        for name in known[1]:
-            value = group.get(name)
-            if isinstance(value, (list, tuple)):
+        for value in map(group.get, known[1]):
+            kind = type(value)
+            if kind not in _PLAIN:
+                if kind is not tuple and kind is not list:
+                    return None
                 # A list may change in place.
                 value = tuple(value)
-                if not all(isinstance(each, _PLAIN) for each in value):
+                if not _PLAIN.issuperset(map(type, value)):
                     return None
-            elif not isinstance(value, _PLAIN):
-                return None
             values.append(value)
         return tuple(values)
 
@@ -204,6 +207,22 @@ class ScalarTable:
         if grad_scale is not None:
             self.scale(grad_scale)
         return self._memory()[row]
+
+    def give(self, weight: Weight, seed: int) -> Scalars | torch.Tensor:
+        """:meth:`prepare` and :meth:`take` for an update inside the backward.
+
+        A row's numbers are those that the first of a step's updates found.
+        """
+        group, given = self._given.get(self._row.get(id(weight), -1), (None, None))
+        if given is None or group is not weight.group:
+            self.prepare([weight], seed, 1.0)
+            given = self.take(weight, 1.0)
+            self._given[self._row[id(weight)]] = weight.group, given
+        return given
+
+    def discard(self) -> None:
+        """Forget what a backward has found: its step will not be."""
+        self._given.clear()
 
     def _write(self, row: int, capturing: bool) -> None:
         """Bring a row's seed and options up to date."""
@@ -288,6 +307,7 @@ class ScalarTable:
 
     def _count(self, weights: Sequence[Weight], taken: torch.Tensor | None) -> None:
         self._copied.clear()
+        self._given.clear()
         if not weights:
             self._behind = self._behind or taken is not None
             return
@@ -344,6 +364,7 @@ class ScalarTable:
             weight.counted = max(weight.counted + steps, 0)
         self._scale, self._behind = None, True
         self._copied.clear()
+        self._given.clear()
 
     def read(self) -> None:
         """Wait for the GPU, where it decided on steps, and take its counts over."""
@@ -367,6 +388,7 @@ class ScalarTable:
         if weight.counted != count:
             weight.counted = count
             self._placed = False
+            self._given.clear()
 
     @property
     def skipped(self) -> int:

@@ -8,14 +8,17 @@ import torch
 
 from ._context import Context
 from ._linear import update_together
-from ._structs import struct_at
 from ._types import Scalars
 from .reports import Reports
 from .scalars import ScalarTable
-from .weights import FusedWeight, Weight
+from .weights import Weight
 
-Work = tuple[FusedWeight, Scalars | torch.Tensor, torch.Tensor]
+Work = tuple[Weight, Scalars | torch.Tensor, torch.Tensor]
 """A weight, the scalars of its update, and the row of ``DeviceStructs`` that takes the report."""
+
+MOST_WAITING = 64 << 20
+"""Elements of weights that are collected for a call. Small weights share its launches; work enough
+for a while goes to the GPU before all structs are made."""
 
 
 def update_pending(
@@ -37,21 +40,35 @@ def update_pending(
     if known is None:
         scalars.scale(coefficient)
     together: dict[Context, list[Work]] = {}
+    waiting = 0
     done: list[Weight] = []
     try:
         for weight in pending:
             numbers, report = scalars.take(weight, known), reports.row(weight)
-            if weight.linear.context.asynchronous and isinstance(weight, FusedWeight):
+            if weight.linear.context.asynchronous:
                 together.setdefault(weight.linear.context, []).append((weight, numbers, report))
+                waiting += weight.parameter.numel()
+                if waiting >= MOST_WAITING:
+                    done += apply_all(together)
+                    waiting = 0
             else:
                 weight.apply(numbers, report)
                 done.append(weight)
+        apply_all(together)
     except BaseException:
         # A user's rule failed: the weights before it have made their step.
         scalars.advance(done)
         raise
+
+
+def apply_all(together: dict[Context, list[Work]]) -> list[Weight]:
+    """Make the updates of each context in one call; returns the weights, and forgets them."""
+    done = []
     for work in together.values():
         apply_together(work)
+        done += [weight for weight, _, _ in work]
+    together.clear()
+    return done
 
 
 def apply_together(work: Sequence[Work]) -> None:
@@ -61,8 +78,7 @@ def apply_together(work: Sequence[Work]) -> None:
         call, kept = weight.linear.update_struct(
             weight.segments, weight.storage, scalars, weight.accumulated_gradient()
         )
-        what = f"{weight.name}: report"
-        call.device_report = struct_at(report, "forge_report", weight.linear.device, what)
+        call.device_report = weight.linear.place(report, "forge_report")
         calls.append(call)
         pointed_to.append(kept)
     update_together([weight.linear for weight, _, _ in work], calls)

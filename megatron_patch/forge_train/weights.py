@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 
 from ._linear import Linear
-from ._types import Norm, Plan, Report, Scalars, Segment
+from ._types import Plan, Report, Scalars, Segment
 from .held import Held
 from .weight_keys import key_of
 
@@ -47,6 +47,7 @@ class Weight:
             lacks are the rule's own.
 
     Attributes:
+        segments: factors that wait for the step.
         storage: weight and states.
         engine: decides when it is updated; set by ``Engine.add``.
         counted: updates applied so far, as far as the host knows; see :attr:`step`.
@@ -61,6 +62,7 @@ class Weight:
     ) -> None:
         """Allocate the states."""
         self.name, self.parameter, self.linear = name, parameter, linear
+        self.segments: list[Segment] = []
         self.group: Mapping[str, Any] = group if group is not None else {}
         layout = linear.layout
         matrix = parameter.detach().view(layout.out_local, layout.in_local)
@@ -113,8 +115,8 @@ class Weight:
     def check(self) -> None:
         """Raise if what is pending can no longer be trusted."""
 
-    def norm(self, out: torch.Tensor | None = None) -> Norm | None:
-        """``Σ dW²`` of what is pending, returned or left in ``out``; see ``Linear.norm``."""
+    def norm(self, out: torch.Tensor) -> None:
+        """Leave ``Σ dW²`` of what is pending in ``out``; see ``Linear.norm``."""
         raise NotImplementedError
 
     def apply(self, scalars: Scalars | torch.Tensor, report: torch.Tensor | None = None) -> None:
@@ -124,8 +126,16 @@ class Weight:
         """
         raise NotImplementedError
 
+    def applied(self) -> None:
+        """Note an update with everything pending."""
+        raise NotImplementedError
+
     def clear(self) -> None:
         """Forget what is pending."""
+        raise NotImplementedError
+
+    def accumulated_gradient(self) -> torch.Tensor | None:
+        """What is pending beside the factors, ``[out, in]``."""
         raise NotImplementedError
 
 
@@ -133,7 +143,6 @@ class FusedWeight(Weight):
     """A linear's weight that no gradient exists for.
 
     Attributes:
-        segments: factors that wait for the step.
         accumulator: fp32 ``[out, in]``, allocated by the first step that needs it.
         accumulated: whether the accumulator holds micro-batches of this step.
         updated: whether this step's update has happened inside the backward.
@@ -141,6 +150,7 @@ class FusedWeight(Weight):
         uses: forwards whose graphs are alive.
         schedule: of this step, under ``auto``; chosen by its first backward.
         reused: whether several forwards were seen in one step under ``auto``.
+        kept_more: whether a step had more than one segment.
         graph_uses: the uses of compiled graphs, which nothing else holds.
         key: what names it in compiled graphs; see ``linear_op``.
     """
@@ -154,7 +164,6 @@ class FusedWeight(Weight):
     ) -> None:
         """Allocate the states; nothing is pending."""
         super().__init__(name, parameter, linear, group)
-        self.segments: list[Segment] = []
         self.accumulator: torch.Tensor | None = None
         self.accumulated = False
         self.updated = False
@@ -162,7 +171,7 @@ class FusedWeight(Weight):
         self.plan: Plan | None = None
         self.plans: dict[int, Plan] = {}
         self.uses: WeakSet[Use] = WeakSet()
-        self.reused = False
+        self.reused = self.kept_more = False
         self.graph_uses = Held()
         self.key = key_of(self)
         self._linears = {linear.spec.factor_dtype: linear}
@@ -258,9 +267,9 @@ class FusedWeight(Weight):
                 "layer from fuse()."
             )
 
-    def norm(self, out: torch.Tensor | None = None) -> Norm | None:
+    def norm(self, out: torch.Tensor) -> None:
         """``Σ dW²`` over segments and accumulator together."""
-        return self.linear.norm(self.segments, self.accumulated_gradient(), out=out)
+        self.linear.norm(self.segments, self.accumulated_gradient(), out=out)
 
     def apply(self, scalars: Scalars | torch.Tensor, report: torch.Tensor | None = None) -> None:
         """Update over segments and accumulator together."""

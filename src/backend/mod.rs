@@ -9,7 +9,9 @@ use crate::error::Result;
 use crate::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
 use crate::philox::Noise;
 use crate::rule::{Constants, ErasedRule, MAX_STATES, MAXIMIZE, StepScalars};
+use cuda::driver::Device;
 use std::ffi::c_void;
+use std::sync::Arc;
 use warm::{Tell, Warmed, Work};
 
 /// A row-major matrix whose rows are `stride` elements apart.
@@ -66,9 +68,13 @@ unsafe impl Send for Arrays {}
 // SAFETY: as above.
 unsafe impl Sync for Arrays {}
 
-/// An optional fp32 buffer `[rows, cols]` that is added to dW.
+/// A buffer `[rows, cols]` that is added to dW, or that dW is added to: fp32. Where there are no factors, so that
+/// it is all of the gradient, it may also be of the factors' type.
 #[derive(Clone, Copy, Debug)]
-pub struct Accumulator(pub *mut f32);
+pub struct Accumulator {
+    data: *mut u8,
+    dtype: Dtype,
+}
 
 // SAFETY: as `Arrays`.
 unsafe impl Send for Accumulator {}
@@ -76,9 +82,30 @@ unsafe impl Send for Accumulator {}
 unsafe impl Sync for Accumulator {}
 
 impl Accumulator {
-    /// First element. A method, so that closures capture the whole (shareable) value.
+    /// Of fp32.
+    pub fn fp32(data: *mut f32) -> Self {
+        Self { data: data.cast(), dtype: Dtype::F32 }
+    }
+
+    /// A gradient that is only read.
+    pub fn gradient(data: *const u8, dtype: Dtype) -> Self {
+        Self { data: data.cast_mut(), dtype }
+    }
+
+    /// First element of one of fp32. A method, so that closures capture the whole (shareable) value.
     pub fn get(self) -> *mut f32 {
-        self.0
+        debug_assert_eq!(self.dtype, Dtype::F32, "only what has factors is asked");
+        self.data.cast()
+    }
+
+    /// First element, of any type.
+    pub fn data(self) -> *mut u8 {
+        self.data
+    }
+
+    /// Of its elements.
+    pub fn dtype(self) -> Dtype {
+        self.dtype
     }
 }
 
@@ -295,6 +322,11 @@ pub trait Backend: Send + Sync {
 
     /// Whether the host can read and write this backend's memory.
     fn memory_is_host(&self) -> bool;
+
+    /// The GPU, where it is one.
+    fn device(&self) -> Option<Arc<Device>> {
+        None
+    }
 
     /// Refuses memory that this backend cannot reach.
     fn check_memory(&self, name: &str, data: *const u8) -> Result<()> {

@@ -1,6 +1,7 @@
 //! The caller's own collectives (gloo, MPI, …) as C callbacks.
 
 use super::Comm;
+use crate::backend::Stream;
 use crate::error::{Result, bail};
 use crate::format::Dtype;
 use std::ffi::c_void;
@@ -78,6 +79,7 @@ impl Comm for Host {
         recv: *mut u8,
         count: usize,
         dtype: Dtype,
+        _stream: Stream,
     ) -> Result<()> {
         let c = &self.collectives;
         // SAFETY: buffers as promised by the caller; the callback as promised by the C ABI's.
@@ -92,6 +94,7 @@ impl Comm for Host {
         recv: *mut u8,
         count: usize,
         dtype: Dtype,
+        _stream: Stream,
     ) -> Result<()> {
         let c = &self.collectives;
         // SAFETY: as above.
@@ -101,14 +104,20 @@ impl Comm for Host {
         self.check("reduce_scatter", status)
     }
 
-    unsafe fn all_reduce(&self, buffer: *mut u8, count: usize, dtype: Dtype) -> Result<()> {
+    unsafe fn all_reduce(
+        &self,
+        buffer: *mut u8,
+        count: usize,
+        dtype: Dtype,
+        _stream: Stream,
+    ) -> Result<()> {
         let c = &self.collectives;
         // SAFETY: as above.
         let status = unsafe { (c.all_reduce)(c.user, buffer.cast(), count as u64, code(dtype)) };
         self.check("all_reduce", status)
     }
 
-    fn wait(&self) -> Result<()> {
+    fn wait(&self, _stream: Stream) -> Result<()> {
         let Some(wait) = self.collectives.wait else { return Ok(()) };
         // SAFETY: the callback is as promised by the C ABI's contract.
         self.check("wait", unsafe { wait(self.collectives.user) })

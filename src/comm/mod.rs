@@ -1,19 +1,21 @@
 //! What is gathered or reduced over the tensor-parallel ranks.
 //!
-//! One trait; `solo` and `host` implement it here. An NCCL implementation belongs beside them: each
-//! operation is *enqueued* and [`Comm::wait`] is where the compute side needs the results, which is
-//! an event on a communication stream there and the caller's own wait here.
+//! One trait, implemented by `solo`, `host` and `nccl`. Each operation is *enqueued* and [`Comm::wait`] is where the
+//! compute side needs the results: an event on a communication stream under NCCL, the caller's own wait
+//! under `host`.
 
 mod host;
+pub mod nccl;
 mod solo;
 
 pub use host::{Collectives, Host};
 pub use solo::Solo;
 
+use crate::backend::Stream;
 use crate::error::Result;
 use crate::format::Dtype;
 
-/// A communicator of the ranks that share one W.
+/// A communicator of the ranks that share one W. Operations come after what `stream` has.
 pub trait Comm: Send + Sync {
     /// This rank, from 0.
     fn rank(&self) -> usize;
@@ -30,6 +32,7 @@ pub trait Comm: Send + Sync {
         recv: *mut u8,
         count: usize,
         dtype: Dtype,
+        stream: Stream,
     ) -> Result<()>;
 
     /// `recv` = this rank's part (`count` elements) of the sum of every rank's `send`.
@@ -42,14 +45,26 @@ pub trait Comm: Send + Sync {
         recv: *mut u8,
         count: usize,
         dtype: Dtype,
+        stream: Stream,
     ) -> Result<()>;
 
     /// `buffer` = the sum of every rank's.
     ///
     /// # Safety
     /// `buffer` is valid for `count` elements until [`Comm::wait`].
-    unsafe fn all_reduce(&self, buffer: *mut u8, count: usize, dtype: Dtype) -> Result<()>;
+    unsafe fn all_reduce(
+        &self,
+        buffer: *mut u8,
+        count: usize,
+        dtype: Dtype,
+        stream: Stream,
+    ) -> Result<()>;
 
-    /// Everything enqueued before is complete for what runs next.
-    fn wait(&self) -> Result<()>;
+    /// Everything enqueued before is complete for what `stream` gets next.
+    fn wait(&self, stream: Stream) -> Result<()>;
+
+    /// Whether all is well, as far as can be told without waiting.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
 }

@@ -1,6 +1,7 @@
 //! One rank: every collective is a copy or nothing.
 
 use super::Comm;
+use crate::backend::Stream;
 use crate::error::Result;
 use crate::format::Dtype;
 
@@ -22,6 +23,7 @@ impl Comm for Solo {
         recv: *mut u8,
         count: usize,
         dtype: Dtype,
+        _stream: Stream,
     ) -> Result<()> {
         // SAFETY: both are valid for `count` elements when there is one rank.
         unsafe { std::ptr::copy(send, recv, count * dtype.bytes()) };
@@ -34,16 +36,23 @@ impl Comm for Solo {
         recv: *mut u8,
         count: usize,
         dtype: Dtype,
+        stream: Stream,
     ) -> Result<()> {
         // SAFETY: as promised by the caller; with one rank both operations are the same copy.
-        unsafe { self.all_gather(send, recv, count, dtype) }
+        unsafe { self.all_gather(send, recv, count, dtype, stream) }
     }
 
-    unsafe fn all_reduce(&self, _buffer: *mut u8, _count: usize, _dtype: Dtype) -> Result<()> {
+    unsafe fn all_reduce(
+        &self,
+        _buffer: *mut u8,
+        _count: usize,
+        _dtype: Dtype,
+        _stream: Stream,
+    ) -> Result<()> {
         Ok(())
     }
 
-    fn wait(&self) -> Result<()> {
+    fn wait(&self, _stream: Stream) -> Result<()> {
         Ok(())
     }
 }

@@ -174,6 +174,28 @@ impl<'a> Checker<'a> {
         Ok(Some(buffer.data.cast()))
     }
 
+    /// An optional buffer of W's shape that is only read: fp32, or where it is the whole gradient also of the
+    /// factors' type, which its size tells.
+    pub fn addend(
+        &mut self,
+        buffer: &forge_const_buffer,
+        layout: &Layout,
+        factor: Dtype,
+        n_segments: u32,
+    ) -> Result<Option<Accumulator>> {
+        let (data, bytes) = (buffer.data.cast::<u8>(), buffer.bytes);
+        let narrow = ArrayLayout { dtype: Some(factor), ..layout.accumulator };
+        if data.is_null()
+            || n_segments != 0
+            || factor == Dtype::F32
+            || bytes != narrow.bytes() as u64
+        {
+            return self.accumulator(data, bytes, layout, false);
+        }
+        self.array("accumulator", data, bytes, &narrow, false)?;
+        Ok(Some(Accumulator::gradient(data, factor)))
+    }
+
     /// An optional fp32 buffer of W's shape.
     pub fn accumulator(
         &mut self,
@@ -186,7 +208,7 @@ impl<'a> Checker<'a> {
             return Ok(None);
         }
         self.array("accumulator", data, bytes, &layout.accumulator, written)?;
-        Ok(Some(Accumulator(data.cast_mut().cast())))
+        Ok(Some(Accumulator::fp32(data.cast_mut().cast())))
     }
 
     /// All arrays of a parameter.

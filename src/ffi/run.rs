@@ -133,8 +133,8 @@ pub(super) unsafe fn write_reports(
 /// the last wait is reported after it. `report` may be NULL; where it is not, CUDA waits for the
 /// stream (`backward->device_report` needs no wait).
 ///
-/// Written: `dx`, `dbias`, `workspace`, and by mode weight, `weight_extra`, states and scales (UPDATE) or
-/// `accumulator` (ACCUMULATE).
+/// Written: `dx`, `dbias`, `workspace`, and by mode weight, `weight_extra`, states and scales (UPDATE),
+/// `accumulator` (ACCUMULATE) or `device_norm` (KEEP).
 ///
 /// Errors: FORGE_ERROR_COLLECTIVE; for CUDA FORGE_ERROR_DEVICE, FORGE_ERROR_COMPILE, FORGE_ERROR_WORKSPACE; those
 /// of the 1xx band about the argument that the message names, before anything is written.
@@ -155,6 +155,7 @@ pub unsafe extern "C" fn forge_linear_backward(
             let mut check = Checker::new(&*linear.backend);
             let b = read_struct("backward", backward)?;
             let deliver = check_reports(&mut check, report, b.device_report)?;
+            check_device_out(&mut check, "device_norm", b.device_norm)?;
             let stream = Stream(stream);
             linear.backend.check_stream(stream)?;
             linear.shape.check_tokens(b.tokens)?;
@@ -215,7 +216,9 @@ pub unsafe extern "C" fn forge_linear_backward(
                         ),
                     }
                 }
-                forge_backward_mode::FORGE_BACKWARD_KEEP => Mode::Keep,
+                forge_backward_mode::FORGE_BACKWARD_KEEP => {
+                    Mode::Keep { norm: b.device_norm.cast() }
+                }
             };
             let arrays = if matches!(mode, Mode::Update { .. }) {
                 check.arrays(&read_parameter(b.parameter)?, layout, true)?
@@ -238,9 +241,12 @@ pub unsafe extern "C" fn forge_linear_backward(
             let workspace = b.workspace.data.cast();
             let work =
                 Backward { tokens, dy, x, dx, dbias, workspace, arrays, mode, deliver, stream };
-            let done = linear.backward(&work)?;
+            let told = linear.backward(&work)?;
+            if let Some(norm) = told.norm.filter(|_| linear.backend.memory_is_host()) {
+                *b.device_norm = norm_struct(norm);
+            }
             if matches!(mode, Mode::Update { .. }) {
-                write_reports(linear, report, b.device_report, done);
+                write_reports(linear, report, b.device_report, told.report);
             } else {
                 // As on a device, where nothing runs that would write one.
                 write_reports(linear, report, null_mut(), None);
@@ -300,8 +306,8 @@ pub(super) unsafe fn read_update<'a>(
     // SAFETY: as promised by the caller.
     unsafe {
         let factors = check.segments(linear, u.segments, u.n_segments)?;
-        let buffer = &u.accumulator;
-        let accumulator = check.accumulator(buffer.data.cast(), buffer.bytes, layout, false)?;
+        let factor = linear.scheme.factor_dtype;
+        let accumulator = check.addend(&u.accumulator, layout, factor, u.n_segments)?;
         let arrays = check.arrays(&read_parameter(u.parameter)?, layout, true)?;
         let step = read_step(linear, u.step)?;
         let device_report = u.device_report.cast();
@@ -404,8 +410,8 @@ unsafe fn norm(call: NormCall, out: *mut forge_norm, device: bool) -> Result<()>
         linear.backend.check_stream(stream)?;
         let method = enums::norm_method("method", call.method)?;
         let factors = check.segments(linear, call.segments, call.n_segments)?;
-        let (data, bytes) = (call.accumulator.data.cast(), call.accumulator.bytes);
-        let accumulator = check.accumulator(data, bytes, layout, false)?;
+        let factor = linear.scheme.factor_dtype;
+        let accumulator = check.addend(&call.accumulator, layout, factor, call.n_segments)?;
         check.finish()?;
         let device: *mut c_void = if device { out.cast() } else { null_mut() };
         let deliver = Deliver { host: device.is_null(), device };
@@ -433,7 +439,8 @@ fn norm_struct(norm: Norm) -> forge_norm {
 }
 
 /// `‖Σ dYᵀX (+ accumulator)‖²` of this shard, without storing dW. The method asked for is a wish: with
-/// an accumulator, or where Gram sums would cancel or overflow, tiles are taken; `out->method` tells.
+/// an accumulator, or where Gram sums would cancel or overflow, tiles are taken; `out->method` tells. The
+/// accumulator is as in forge_update.
 /// On CUDA this waits for the stream; see forge_linear_norm_async.
 ///
 /// # Safety

@@ -15,6 +15,7 @@ sized!(
     forge_rule_info,
     forge_rule_definition,
     forge_host_collectives,
+    forge_nccl_config,
     forge_linear_config,
     forge_layout,
     forge_parameter,
@@ -346,6 +347,22 @@ pub struct forge_report {
     pub sum_of_squares: f64,
 }
 
+/// A rank of a new NCCL communicator.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct forge_nccl_config {
+    /// sizeof(forge_nccl_config).
+    pub struct_size: u32,
+    /// This rank, below `size`.
+    pub rank: u32,
+    /// Ranks, each with the same `id`.
+    pub size: u32,
+    /// After which a collective, or the making of the communicator, has failed; 0: 600,000.
+    pub timeout_ms: u32,
+    /// Of forge_nccl_unique_id, which one rank calls and sends to the others.
+    pub id: [u8; 128],
+}
+
 /// One backward. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
 /// has tokens/ranks rows. dx and dbias may have data NULL: not wanted.
 #[repr(C)]
@@ -380,6 +397,9 @@ pub struct forge_backward {
     pub step: *const forge_step,
     /// In the backend's memory, written whole when an UPDATE runs; NULL: none.
     pub device_report: *mut forge_report,
+    /// Of KEEP: the norm of dW, as of forge_linear_norm_async with FORGE_NORM_AUTO over these factors alone; NULL:
+    /// none.
+    pub device_norm: *mut forge_norm,
 }
 
 /// One fused update over kept factors.
@@ -392,7 +412,8 @@ pub struct forge_update {
     pub n_segments: u32,
     /// In the order in which they are summed.
     pub segments: *const forge_segment,
-    /// fp32 [out_local, in_local], added to dW; data NULL: none.
+    /// fp32 [out_local, in_local], added to dW; data NULL: none. Without segments it is the gradient, and may
+    /// also be of factor_dtype: its bytes tell.
     pub accumulator: forge_const_buffer,
     /// The parameter.
     pub parameter: *const forge_parameter,

@@ -26,11 +26,11 @@ fn maximum(values: &[f32]) -> f32 {
     values.iter().fold(0.0f32, |m, v| m.max(v.abs())).min(f32::MAX)
 }
 
-/// `position` on the code's scale to an integer: nearest, or by the draw.
+/// `position` on the code's scale to an integer: nearest, ties away from zero, or by the draw.
 #[inline(always)]
 fn quantise(position: f32, draw: u16, stochastic: bool) -> f32 {
     let floor_of_drawn = (position + f32::from(draw) * (1.0 / 65536.0)).floor();
-    let rounded = (position + 0.5).floor();
+    let rounded = (position.abs() + 0.5).floor().copysign(position);
     if stochastic { floor_of_drawn } else { rounded }
 }
 
@@ -44,8 +44,9 @@ pub fn encode_signed(values: &[f32], codes: &mut [u8], source: DrawSource) -> f3
     let divisor = if scale > 0.0 { scale * lift } else { 1.0 };
     for ((code, value), draw) in codes.iter_mut().zip(values).zip(draws) {
         let root = (value.abs().min(f32::MAX) * lift / divisor).sqrt();
-        let level = quantise(SIGNED_LEVELS * root, draw, stochastic).min(SIGNED_LEVELS);
-        *code = (128.0 + level.copysign(*value)) as u8;
+        let position = (SIGNED_LEVELS * root).copysign(*value);
+        let level = quantise(position, draw, stochastic).clamp(-SIGNED_LEVELS, SIGNED_LEVELS);
+        *code = (128.0 + level) as u8;
     }
     scale
 }

@@ -14,6 +14,7 @@ use crate::backend::{
 };
 use crate::comm::Comm;
 use crate::error::Result;
+use std::ffi::c_void;
 use std::sync::Arc;
 
 /// A linear: immutable after creation; the arrays are the caller's and come with each call.
@@ -43,7 +44,10 @@ pub enum Mode {
     /// Add it to a buffer.
     Accumulate(Accumulator),
     /// Nothing: the caller keeps the factors for later.
-    Keep,
+    Keep {
+        /// A `forge_norm` of them in the backend's memory; null: not wanted.
+        norm: *mut c_void,
+    },
 }
 
 /// One backward.
@@ -70,9 +74,17 @@ pub struct Backward {
     pub stream: Stream,
 }
 
+/// What the host is told of a backward.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Told {
+    /// Of an update, if wanted.
+    pub report: Option<Report>,
+    /// Of kept factors, if wanted, where the backend's memory is the host's.
+    pub norm: Option<Norm>,
+}
+
 impl Linear {
-    /// The whole backward, in the one order there is. Returns the report of an update, if wanted.
-    ///
+    /// The whole backward, in the one order there is. Returns what the host is told of it.
     ///
     /// | | before the update | beside it |
     /// |---|---|---|
@@ -83,7 +95,7 @@ impl Linear {
     ///
     /// # Safety
     /// All pointers are valid for the shapes, and those written overlap no other.
-    pub unsafe fn backward(&self, b: &Backward) -> Result<Option<Report>> {
+    pub unsafe fn backward(&self, b: &Backward) -> Result<Told> {
         let Self { backend, comm, shape, scheme } = self;
         let (shard, dtype) = (&shape.shard, scheme.factor_dtype);
         let local_tokens = shape.local_tokens(b.tokens);
@@ -98,14 +110,20 @@ impl Linear {
             let gathered = shape.gathered_features().filter(|_| b.tokens > 0);
             if let Some((features, gathers_x)) = gathered {
                 let source = if gathers_x { b.x } else { b.dy };
-                comm.all_gather(source.data, b.workspace, local_tokens * features, dtype)?;
+                comm.all_gather(
+                    source.data,
+                    b.workspace,
+                    local_tokens * features,
+                    dtype,
+                    b.stream,
+                )?;
                 let gathered = Matrix { data: b.workspace, stride: features };
                 if gathers_x {
                     factors.x = gathered;
                     reduced_dx = b.workspace.add(shape.gathered_bytes(b.tokens, dtype));
                 } else {
                     factors.dy = gathered;
-                    comm.wait()?;
+                    comm.wait(b.stream)?;
                 }
             }
             // 2. dX with W as it was, and its reduction; both before W changes, so that a failed
@@ -114,32 +132,37 @@ impl Linear {
                 let partial = if shape.scatters_dx() { reduced_dx } else { dx };
                 let w = b.arrays.weight;
                 backend.dgrad(scheme, shard, b.tokens, factors.dy, w, partial, b.stream)?;
-                comm.wait()?;
+                comm.wait(b.stream)?;
                 if shape.scatters_dx() && b.tokens > 0 {
-                    comm.reduce_scatter(partial, dx, local_tokens * shard.cols, dtype)?;
+                    comm.reduce_scatter(partial, dx, local_tokens * shard.cols, dtype, b.stream)?;
                 } else if shape.reduces_dx() && b.tokens > 0 {
-                    comm.all_reduce(dx, b.tokens * shard.cols, dtype)?;
+                    comm.all_reduce(dx, b.tokens * shard.cols, dtype, b.stream)?;
                 }
             } else {
-                comm.wait()?;
+                comm.wait(b.stream)?;
             }
             if let Some(dbias) = b.dbias {
                 backend.bias_grad(scheme, shard, b.tokens, factors.dy, dbias, b.stream)?;
             }
             // 3. dW, beside the reduction of dX.
-            let report = match b.mode {
+            let mut told = Told::default();
+            match b.mode {
                 Mode::Update { step, accumulator } => {
                     let (arrays, deliver) = (&b.arrays, b.deliver);
-                    self.update(&[factors], accumulator, arrays, &step, deliver, b.stream)?
+                    told.report =
+                        self.update(&[factors], accumulator, arrays, &step, deliver, b.stream)?;
                 }
                 Mode::Accumulate(buffer) => {
                     backend.accumulate(scheme, shard, &[factors], buffer, b.stream)?;
-                    None
                 }
-                Mode::Keep => None,
-            };
-            comm.wait()?;
-            Ok(report)
+                Mode::Keep { norm } if !norm.is_null() => {
+                    let deliver = Deliver { host: false, device: norm };
+                    told.norm = self.norm(&[factors], None, NormMethod::Auto, deliver, b.stream)?;
+                }
+                Mode::Keep { .. } => {}
+            }
+            comm.wait(b.stream)?;
+            Ok(told)
         }
     }
 

@@ -295,6 +295,11 @@ static void calls(void) {
     b.device_report = (forge_report *)((char *)&memory.norm_out + 1);
     EXPECT(FORGE_ERROR_MISALIGNED, "device_report",
            forge_linear_backward(linear, &b, report, NULL));
+    b.device_report = NULL;
+    b.device_norm = (forge_norm *)p.weight.data;
+    EXPECT(FORGE_ERROR_OVERLAP, "device_norm", forge_linear_backward(linear, &b, report, NULL));
+    b.device_norm = (forge_norm *)((char *)&memory.norm_out + 1);
+    EXPECT(FORGE_ERROR_MISALIGNED, "device_norm", forge_linear_backward(linear, &b, report, NULL));
     EXPECT(FORGE_ERROR_NULL, "out_bytes", forge_context_workspace_bytes(memory.context, NULL));
     EXPECT(FORGE_ERROR_NULL, "context",
            forge_context_workspace_bytes(NULL, &memory.workspace_bytes));

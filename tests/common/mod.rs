@@ -235,7 +235,7 @@ impl Parameter {
 
     pub fn update(&mut self, factors: &[Factors], buffer: Option<&mut [f32]>, s: &StepScalars) {
         let arrays = self.arrays();
-        let buffer = buffer.map(|b| Accumulator(b.as_mut_ptr()));
+        let buffer = buffer.map(|b| Accumulator::fp32(b.as_mut_ptr()));
         assert_eq!(self.report(factors, buffer, &arrays, s).nonfinite_tiles, 0);
     }
 
@@ -254,7 +254,7 @@ impl Parameter {
     }
 
     pub fn accumulate(&self, factors: &[Factors], buffer: &mut [f32]) {
-        let buffer = Accumulator(buffer.as_mut_ptr());
+        let buffer = Accumulator::fp32(buffer.as_mut_ptr());
         // SAFETY: as above.
         unsafe { self.linear.accumulate(factors, buffer, Stream::NULL) }.unwrap();
     }

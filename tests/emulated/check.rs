@@ -8,6 +8,7 @@ use forge::backend::cuda::elementwise::{self, Gradient, is_vector};
 use forge::backend::cuda::parameters::{KernelArrays, KernelShard, KernelStep, Region};
 use forge::backend::cuda::sm80::{Call, Launch, Mode, THREADS};
 use forge::backend::cuda::sources;
+use forge::backend::cuda::specialise::dtype_code;
 use forge::backend::{
     Accumulator, Backend, Deliver, Factors, Image, Scheme, Shard, Step, StepSource, Stream,
 };
@@ -127,6 +128,20 @@ pub fn fused(
     partials_of(partials)
 }
 
+fn narrow(value: f32, dtype: Dtype) -> u16 {
+    match dtype {
+        Dtype::Bf16 => half::bf16::from_f32(value).to_bits(),
+        _ => half::f16::from_f32(value).to_bits(),
+    }
+}
+
+fn widen(bits: u16, dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::Bf16 => half::bf16::from_bits(bits).to_f32(),
+        _ => half::f16::from_bits(bits).to_f32(),
+    }
+}
+
 pub fn partials_of(memory: &Guarded) -> Vec<Partial> {
     let one = |bytes: &[u8]| Partial {
         sum_of_squares: f64::from_ne_bytes(bytes[..8].try_into().unwrap()),
@@ -136,26 +151,36 @@ pub fn partials_of(memory: &Guarded) -> Vec<Partial> {
     memory.bytes().chunks_exact(16).map(one).collect()
 }
 
-/// Runs the element-wise kernel over a gradient in memory, compiled as for this launch.
+/// Runs the element-wise kernel over a gradient in memory, stored as `dtype`, compiled as for this launch.
 pub fn elementwise(
     scheme: &Scheme,
     launch: &Launch,
     shard: &Shard,
     memory: &mut Memory,
-    gradient: &[f32],
+    (gradient, dtype): (&[f32], Dtype),
     step: KernelStep,
 ) -> Vec<Partial> {
-    let mut g = Guarded::of_f32(gradient);
+    let mut g = match dtype {
+        Dtype::F32 => Guarded::of_f32(gradient),
+        _ => {
+            let mut stored = Guarded::new(2 * gradient.len());
+            for (to, value) in stored.bytes_mut().chunks_exact_mut(2).zip(gradient) {
+                to.copy_from_slice(&narrow(*value, dtype).to_ne_bytes());
+            }
+            stored
+        }
+    };
     let arrays = memory.arrays();
     let (mut data, mut stride) = (g.address(), shard.cols as u64);
-    let vector = is_vector(scheme, shard, &arrays, Gradient { data, stride });
+    let vector = is_vector(scheme, shard, &arrays, Gradient { data, stride, dtype });
     assert_eq!(vector, launch.specialisation.vector);
     let mut region = Region::whole(shard);
     let mut partials = Guarded::new(16 * region.tiles() as usize);
+    let mut dtype = dtype_code(dtype);
     let (mut arrays, mut shard) = (KernelArrays::from(&arrays), KernelShard::from(shard));
     let (mut step, mut at) = (step, partials.address());
     let size = (region.tiles(), elementwise::THREADS, 0);
-    let mut list = parameters!(arrays, shard, region, data, stride, step, at);
+    let mut list = parameters!(arrays, shard, region, data, stride, dtype, step, at);
     let kernel = kernel_of(scheme, launch);
     // SAFETY: the kernel's parameters, as the backend passes them.
     unsafe { kernel.launch("forge_elementwise", size, &mut list, Order::Descending) };
@@ -187,7 +212,7 @@ pub fn on_cpu(
     s: &StepScalars,
 ) {
     let mut buffer = gradient.to_vec();
-    let buffer = Some(Accumulator(buffer.as_mut_ptr()));
+    let buffer = Some(Accumulator::fp32(buffer.as_mut_ptr()));
     let step = StepSource::new(scheme, s);
     let arrays = memory.arrays();
     let deliver = Deliver::HOST;
@@ -243,7 +268,7 @@ impl Check {
         let mut none = Guarded::new(0);
         let both = [Order::Ascending, Order::Descending].map(|order| {
             let mut buffer = Guarded::zeros(4 * shard.rows * shard.cols);
-            let out = Some(Accumulator(buffer.pointer().cast()));
+            let out = Some(Accumulator::fp32(buffer.pointer().cast()));
             let call = Call::plain(&self.scheme, &shard, &factors, out, Mode::Accumulate, 0);
             let launch = call.plan_with(self.tile_rows).unwrap();
             fused(&self.scheme, &launch, &mut none, order);
@@ -261,7 +286,7 @@ impl Check {
         let scalars = scalars(self.name, 2);
         let step = KernelStep::from(&Step::new(scheme, &scalars));
         let mut buffer = Guarded::of_f32(&r.vector(shard.rows * shard.cols));
-        let accumulator = self.accumulator.then(|| Accumulator(buffer.pointer().cast()));
+        let accumulator = self.accumulator.then(|| Accumulator::fp32(buffer.pointer().cast()));
         let mut gradient = self.dw(segments);
         if self.accumulator {
             gradient.iter_mut().zip(buffer.f32()).for_each(|(g, b)| *g += b);
@@ -289,13 +314,28 @@ impl Check {
         assert_eq!(bits(&told), bits(&told_again), "{self}: the order of threads");
 
         let mut two_phase = before.clone();
-        let theirs = elementwise(scheme, &launch, &shard, &mut two_phase, &gradient, step);
+        let theirs =
+            elementwise(scheme, &launch, &shard, &mut two_phase, (&gradient, Dtype::F32), step);
         after.assert_same_bits(&two_phase, &format!("{self}: fused and two-phase"));
         for (ours, theirs) in told.iter().zip(&theirs) {
             // Squares are summed in another order, eight or more of them in fp32.
             let error = (ours.sum_of_squares - theirs.sum_of_squares).abs();
             let near = error <= 1e-6 * theirs.sum_of_squares || ours.nonfinite > 0;
             assert!(near && ours.nonfinite == theirs.nonfinite, "{self}: {ours:?}, {theirs:?}");
+        }
+
+        for dtype in [Dtype::Bf16, Dtype::F16] {
+            let widened: Vec<f32> =
+                gradient.iter().map(|g| widen(narrow(*g, dtype), dtype)).collect();
+            let run = |values, dtype| {
+                let mut memory = before.clone();
+                let told = elementwise(scheme, &launch, &shard, &mut memory, (values, dtype), step);
+                (memory, bits(&told))
+            };
+            let (ours, told) = run(&gradient, dtype);
+            let (theirs, told_of_theirs) = run(&widened, Dtype::F32);
+            ours.assert_same_bits(&theirs, &format!("{self}: a gradient of {dtype:?}"));
+            assert_eq!(told, told_of_theirs, "{self}: a gradient of {dtype:?}");
         }
 
         let norm = Call::plain(scheme, &shard, &factors, accumulator, Mode::Norm, at);

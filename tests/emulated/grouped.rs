@@ -49,7 +49,7 @@ impl One {
     ) -> Launch {
         let (shard, factors) = (self.shape.shard(), factors(&self.segments));
         let arrays = memory.arrays();
-        let buffer = self.buffer.as_mut().map(|b| Accumulator(b.pointer().cast()));
+        let buffer = self.buffer.as_mut().map(|b| Accumulator::fp32(b.pointer().cast()));
         let call = Call {
             arrays: Some(&arrays),
             step,

@@ -6,13 +6,17 @@
  * FAKE_CUDA_VERSION     of the driver (13000)
  * FAKE_CUDA_CAPABILITY  10 · major + minor (90)
  * FAKE_CUDA_COUNT       of devices (1)
- * FAKE_CUDA_LOG         a file that gets a line for each image and launch
+ * FAKE_CUDA_BUSY        1: no event has happened yet
+ * FAKE_CUDA_LOG         a file that gets a line for each image and launch; "order" lines are what
+ * streams get: thread, what, and its stream last
  *
  * Compiled with -DWITHOUT_TENSOR_MAPS or -DWITHOUT_INIT it lacks a function. */
+#define _GNU_SOURCE
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef int CUresult;
 enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500 };
@@ -150,17 +154,18 @@ static int n_blocks;
 
 EXPORT CUresult cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     void *data = NULL;
-    if (n_blocks == MOST_BLOCKS || posix_memalign(&data, 512, bytes) != 0)
+    const int own = __atomic_fetch_add(&n_blocks, 1, __ATOMIC_SEQ_CST);
+    if (own >= MOST_BLOCKS || posix_memalign(&data, 512, bytes) != 0)
         return INVALID_VALUE;
     memset(data, 0, bytes);
-    blocks[n_blocks].first = (uintptr_t)data;
-    blocks[n_blocks++].last = (uintptr_t)data + bytes;
+    blocks[own].last = (uintptr_t)data + bytes;
+    blocks[own].first = (uintptr_t)data;
     *address = (uintptr_t)data;
     return SUCCESS;
 }
 
 static int is_device(uint64_t address, size_t bytes) {
-    for (int i = 0; i < n_blocks; i++)
+    for (int i = 0; i < n_blocks && i < MOST_BLOCKS; i++)
         if (address >= blocks[i].first && address + bytes <= blocks[i].last)
             return 1;
     return 0;
@@ -239,6 +244,59 @@ EXPORT CUresult cuModuleGetFunction(char **out, const struct module *module, con
     return NOT_FOUND;
 }
 
+/* --- streams and events: what is enqueued is done at once; the log has the order --- */
+
+static void note_order(const char *what, const void *first, const void *second) {
+    char line[128];
+    snprintf(line, sizeof line, "%d %s %p %p", (int)gettid(), what, first, second);
+    note("order", line);
+}
+
+EXPORT CUresult cuCtxGetStreamPriorityRange(int *least, int *greatest) {
+    *least = 0;
+    *greatest = -5;
+    return SUCCESS;
+}
+
+EXPORT CUresult cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) {
+    if (flags != 1 || priority != -5)
+        return INVALID_VALUE;
+    *stream = malloc(1);
+    return SUCCESS;
+}
+
+EXPORT CUresult cuStreamDestroy_v2(void *stream) {
+    free(stream);
+    return SUCCESS;
+}
+
+EXPORT CUresult cuEventCreate(void **event, unsigned flags) {
+    if (flags != 2)
+        return INVALID_VALUE;
+    *event = malloc(1);
+    return SUCCESS;
+}
+
+EXPORT CUresult cuEventDestroy_v2(void *event) {
+    free(event);
+    return SUCCESS;
+}
+
+EXPORT CUresult cuEventRecord(void *event, void *stream) {
+    note_order("record", event, stream);
+    return SUCCESS;
+}
+
+EXPORT CUresult cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+    note_order("wait", event, stream);
+    return flags == 0 ? SUCCESS : INVALID_VALUE;
+}
+
+EXPORT CUresult cuEventQuery(const void *event) {
+    (void)event;
+    return setting("FAKE_CUDA_BUSY", 0) ? 600 : SUCCESS;
+}
+
 EXPORT CUresult cuFuncSetAttribute(const char *function, int attribute, int value) {
     (void)function, (void)attribute;
     return value <= 232448 ? SUCCESS : INVALID_VALUE;
@@ -248,10 +306,11 @@ EXPORT CUresult cuLaunchKernel(const char *function, unsigned x, unsigned y, uns
                                unsigned block_x, unsigned block_y, unsigned block_z,
                                unsigned shared_bytes, void *stream, void **parameters,
                                void **extra) {
-    (void)shared_bytes, (void)stream, (void)parameters, (void)extra;
+    (void)shared_bytes, (void)parameters, (void)extra;
     if (x == 0 || y == 0 || z == 0 || block_x * block_y * block_z > 1024)
         return INVALID_VALUE;
     note("launch", function);
+    note_order(function, function, stream);
     return SUCCESS;
 }
 

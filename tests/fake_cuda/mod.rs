@@ -1,6 +1,9 @@
 //! Fake libraries of CUDA, built with the C compiler, and tests that run themselves again under them: what
 //! the loader finds is fixed when a process begins.
 
+use forge::error::forge_status;
+use forge::ffi::error::forge_last_error;
+use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -38,4 +41,30 @@ pub fn finish(child: &mut Command) -> String {
         format!("{}\n{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
     assert!(status.success(), "{child:?}: {status}\n{text}");
     text
+}
+
+/// A zeroed struct whose `struct_size` is set.
+#[allow(dead_code)] // not every test makes calls
+pub fn sized<T: Copy>() -> T {
+    // SAFETY: the structs of the C ABI are plain data for which zeros are values; the first field is
+    // their size.
+    unsafe {
+        let mut value = std::mem::zeroed::<T>();
+        (&raw mut value).cast::<u32>().write(size_of::<T>() as u32);
+        value
+    }
+}
+
+/// Of this thread's last failure.
+#[allow(dead_code)]
+pub fn last_error() -> String {
+    // SAFETY: never NULL, valid until the next failure.
+    unsafe { CStr::from_ptr(forge_last_error()) }.to_string_lossy().into_owned()
+}
+
+/// Fails with the library's words.
+#[allow(dead_code)]
+#[track_caller]
+pub fn ok(status: forge_status) {
+    assert_eq!(status, forge_status::FORGE_OK, "{}", last_error());
 }

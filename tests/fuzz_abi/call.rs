@@ -145,6 +145,8 @@ pub struct Call {
     pub out: Arg,
     /// In the third memory; NULL where none is wanted.
     pub device_report: Pointer,
+    /// Of a backward that keeps factors: in the second memory.
+    pub device_norm: Pointer,
     /// Whether all inputs are finite.
     pub finite: bool,
 }
@@ -212,6 +214,11 @@ impl Call {
         wanted.then(|| self.memories[DEVICE_REPORT].read())
     }
 
+    /// Whether it keeps factors and leaves their norm.
+    pub fn keeps_norm(&self) -> bool {
+        self.op == Op::Backward && self.mode == 2 && self.device_norm == Pointer::Good
+    }
+
     pub fn norm_value(&self) -> forge_norm {
         self.memories[OUT].read()
     }
@@ -220,7 +227,7 @@ impl Call {
     pub fn may_write(&self, memory: usize) -> bool {
         match memory {
             REPORT => matches!(self.op, Op::Backward | Op::Update),
-            OUT => matches!(self.op, Op::Norm | Op::NormAsync),
+            OUT => matches!(self.op, Op::Norm | Op::NormAsync) || self.keeps_norm(),
             DEVICE_REPORT => self.updates() && self.op != Op::CheckStep,
             _ => self.slots.iter().any(|s| s.memory == memory && s.written),
         }
@@ -267,7 +274,8 @@ impl Call {
         let step = self.step.pointer.of(&step);
         let report = self.report.pointer.of(self.memories[REPORT].ptr().cast::<forge_report>());
         let report = report.cast_mut();
-        let out = self.out.pointer.of(self.memories[OUT].ptr().cast::<forge_norm>()).cast_mut();
+        let at_norm = self.memories[OUT].ptr().cast::<forge_norm>().cast_const();
+        let out = self.out.pointer.of(at_norm).cast_mut();
         let device_report = self.memories[DEVICE_REPORT].ptr().cast::<forge_report>();
         let device_report = self.device_report.of(device_report.cast_const()).cast_mut();
         let stream = std::ptr::without_provenance_mut(self.stream);
@@ -292,6 +300,7 @@ impl Call {
                     backward.parameter = if self.uses_parameter() { parameter } else { null() };
                     backward.step = if self.updates() { step } else { null() };
                     backward.device_report = device_report;
+                    backward.device_norm = self.device_norm.of(at_norm).cast_mut();
                     let backward = self.main.pointer.of(&backward);
                     forge_linear_backward(linear, backward, report, stream)
                 }

@@ -71,10 +71,11 @@ fn disturb(call: &mut Call, random: &mut Random) {
         }
         7 => {
             let pointer = random.pick(&[Pointer::Null, Pointer::Misaligned, Pointer::Good]);
-            match random.below(8) {
+            match random.below(9) {
                 0 => call.linear = pointer,
                 1 => call.segments = pointer,
                 2 => call.device_report = pointer,
+                8 => call.device_norm = pointer,
                 3 => call.main.pointer = pointer,
                 4 => call.parameter.pointer = pointer,
                 5 => call.step.pointer = pointer,

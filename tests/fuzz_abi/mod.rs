@@ -3,6 +3,7 @@
 //! `fuzz/` from a fuzzer's bytes.
 
 pub mod call;
+pub mod communicators;
 pub mod hostile;
 pub mod images;
 pub mod memory;

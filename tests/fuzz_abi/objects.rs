@@ -2,11 +2,11 @@
 
 use super::Tally;
 use super::call::Pointer;
+use super::communicators;
 use super::memory::{Guarded, Random};
 use super::mutate::Expected;
-use super::world::{Context, World, collectives, random_config, sized};
+use super::world::{Context, World, random_config, sized};
 use forge::error::forge_status::{self, *};
-use forge::ffi::comm::*;
 use forge::ffi::context::*;
 use forge::ffi::enums::forge_schedule;
 use forge::ffi::error::*;
@@ -17,22 +17,22 @@ use forge::ffi::{FORGE_ABI_VERSION, forge_abi_version, forge_version};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::{null, null_mut};
 
-fn wrong(status: forge_status, naming: &str) -> Option<Expected> {
+pub fn wrong(status: forge_status, naming: &str) -> Option<Expected> {
     Some(Expected { status, naming: naming.to_string() })
 }
 
 /// An `out_` argument in guarded memory, or a pointer that must be refused.
-struct Out {
-    memory: Guarded,
-    offset: Option<usize>,
+pub struct Out {
+    pub memory: Guarded,
+    pub offset: Option<usize>,
 }
 
 impl Out {
-    fn new<T: Copy>(value: T) -> Self {
+    pub fn new<T: Copy>(value: T) -> Self {
         Self { memory: Guarded::holding(value), offset: Some(0) }
     }
 
-    fn spoil(&mut self, random: &mut Random, name: &str) -> Option<Expected> {
+    pub fn spoil(&mut self, random: &mut Random, name: &str) -> Option<Expected> {
         if random.percent(50) {
             self.offset = None;
             return wrong(FORGE_ERROR_NULL, name);
@@ -41,13 +41,13 @@ impl Out {
         wrong(FORGE_ERROR_MISALIGNED, name)
     }
 
-    fn ptr<T>(&self) -> *mut T {
+    pub fn ptr<T>(&self) -> *mut T {
         self.offset.map_or(null_mut(), |at| self.memory.ptr().wrapping_add(at).cast())
     }
 }
 
 /// Makes one call that writes nothing but `out`, and checks what it did.
-fn call(
+pub fn call(
     tally: &mut Tally,
     expected: Option<Expected>,
     out: &Out,
@@ -66,11 +66,12 @@ fn call(
 /// One random call.
 pub fn random_call(contexts: &[Context], world: &World, random: &mut Random, tally: &mut Tally) {
     let spoilt = random.percent(60);
-    match random.below(12) {
+    match random.below(13) {
+        12 => communicators::nccl(&contexts[0], random, tally),
         10 => workspace(&contexts[0], random, tally, spoilt),
         11 => texts(random),
         0 => context(random, tally, spoilt),
-        1 => comm(&contexts[0], random, tally, spoilt),
+        1 => communicators::comm(&contexts[0], random, tally, spoilt),
         2..=4 => linear(&contexts[0], world, random, tally, spoilt),
         5 => layout_and_workspace(world, random, tally, spoilt),
         6 | 7 => plan(world, random, tally, spoilt),
@@ -121,59 +122,6 @@ fn context(random: &mut Random, tally: &mut Tally, spoilt: bool) {
     });
     if status == FORGE_OK {
         drop(Context(out.memory.read()));
-    }
-}
-
-fn comm(context: &Context, random: &mut Random, tally: &mut Tally, spoilt: bool) {
-    let mut out = Out::new::<*mut forge_comm>(null_mut());
-    let (mut rank, mut size) = (random.below(4) as u32, 4);
-    let mut host = collectives(null_mut(), random.percent(50));
-    let mut pointer = Pointer::Good;
-    let mut owner = context.0;
-    let mut expected = None;
-    if spoilt {
-        expected = match random.below(6) {
-            0 => out.spoil(random, "out_comm"),
-            1 => {
-                pointer = Pointer::Misaligned;
-                wrong(FORGE_ERROR_MISALIGNED, "collectives")
-            }
-            2 => {
-                host.struct_size -= 8;
-                wrong(FORGE_ERROR_STRUCT_SIZE, "collectives")
-            }
-            3 => {
-                (rank, size) = random.pick(&[(4, 4), (0, 0), (u32::MAX, 4)]);
-                wrong(FORGE_ERROR_RANK, "rank")
-            }
-            4 => {
-                match random.below(3) {
-                    0 => host.all_gather = None,
-                    1 => host.reduce_scatter = None,
-                    _ => host.all_reduce = None,
-                }
-                wrong(FORGE_ERROR_NULL, "collectives")
-            }
-            _ => {
-                owner = null_mut();
-                wrong(FORGE_ERROR_NULL, "context")
-            }
-        };
-    }
-    let solo = matches!(expected, None | Some(Expected { status: FORGE_ERROR_NULL, .. }))
-        && (owner.is_null() || expected.is_none())
-        && random.percent(30);
-    // SAFETY: as above.
-    let status = call(tally, expected, &out, || unsafe {
-        if solo {
-            forge_comm_new_solo(owner, out.ptr())
-        } else {
-            forge_comm_new_host(owner, rank, size, pointer.of(&host), out.ptr())
-        }
-    });
-    if status == FORGE_OK {
-        // SAFETY: just made.
-        unsafe { forge_comm_free(out.memory.read()) };
     }
 }
 

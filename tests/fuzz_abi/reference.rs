@@ -49,6 +49,7 @@ pub fn check(call: &Call, world: &World, before: &[Vec<u8>], after: &[Vec<u8>]) 
             match (call.op, call.mode) {
                 (Op::Backward, 0) => view.check_update(),
                 (Op::Backward, 1) => view.check_accumulator(),
+                (Op::Backward, _) if call.keeps_norm() => view.check_norm(),
                 _ => true,
             }
         }
@@ -98,8 +99,15 @@ impl View<'_> {
     fn gradient(&self) -> Vec<f64> {
         let layout = &self.world.layout;
         let (out, inn) = (layout.out_local as usize, layout.in_local as usize);
-        let accumulator = self.floats(self.before, Role::Accumulator);
-        let mut dw = accumulator.unwrap_or_else(|| vec![0.0; out * inn]);
+        let narrow = self.call.slot(Role::Accumulator).is_some_and(|slot| slot.element == 2);
+        let accumulator = if narrow {
+            let bytes = self.payload(self.before, Role::Accumulator).expect("it has a slot");
+            let value = |i| load(self.world.config.factor_dtype, bytes, i);
+            Some((0..bytes.len() / 2).map(value).collect())
+        } else {
+            self.floats(self.before, Role::Accumulator)
+        };
+        let mut dw: Vec<f64> = accumulator.unwrap_or_else(|| vec![0.0; out * inn]);
         for k in 0..self.call.batches.len() {
             let (dy, x) = (self.factor(k, false), self.factor(k, true));
             for t in 0..self.call.batches[k].tokens as usize {

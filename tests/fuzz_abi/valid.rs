@@ -44,6 +44,7 @@ impl Call {
             report: GOOD,
             out: GOOD,
             device_report: if random.percent(30) { Pointer::Good } else { Pointer::Null },
+            device_norm: if random.percent(30) { Pointer::Good } else { Pointer::Null },
             finite: true,
         };
         if random.percent(20) {
@@ -203,11 +204,24 @@ impl Call {
     }
 
     fn add_accumulator(&mut self, world: &World, written: bool, random: &mut Random) {
-        self.add("accumulator", Role::Accumulator, world.layout.accumulator.bytes, 4);
+        // Without segments it is the gradient, and may be of the factors' type.
+        let whole = matches!(self.op, Op::Update | Op::Norm | Op::NormAsync)
+            && self.batches.is_empty()
+            && !self.empty_segment;
+        let element = if whole && random.percent(50) { world.element() } else { 4 };
+        let elements = world.layout.accumulator.bytes / 4;
+        self.add("accumulator", Role::Accumulator, elements * element as u64, element);
         let slot = self.slots.last_mut().expect("just added");
         slot.written = written;
         slot.required = written;
-        self.fill_floats(Role::Accumulator, random);
+        if element == 4 {
+            self.fill_floats(Role::Accumulator, random);
+        } else {
+            let memory = &self.memories[slot.memory];
+            for i in 0..elements as usize {
+                store(world.config.factor_dtype, memory, i, random.fraction(4, 2.0));
+            }
+        }
     }
 
     fn fill_floats(&mut self, role: Role, random: &mut Random) {

@@ -19,8 +19,8 @@ from gpu_cases import (
 )
 
 from forge_train._structs import DeviceStructs, norm_of
+from forge_train.decision import clip_coefficient
 from forge_train.native import Segment
-from forge_train.step import clip_coefficient
 
 pytestmark = needs_gpu
 

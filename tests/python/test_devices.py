@@ -38,8 +38,15 @@ def test_weights_of_a_step_are_updated_together(monkeypatch):
         mlp_loss(model, batch).backward()
         fused.optimizer.step()
     weights = fused.engine.fused
-    assert len(weights) > 1 and counts == [len(weights)] * 2
+    assert len(weights) > 1 and counts == [len(fused.engine.weights)] * 2
     assert all(weight.step == 2 and not weight.pending for weight in weights)
+    # Where there is work enough, it does not wait for the rest.
+    counts.clear()
+    monkeypatch.setattr(forge_train.update, "MOST_WAITING", 1)
+    mlp_loss(model, mlp_batches(1)[0]).backward()
+    fused.optimizer.step()
+    assert counts == [1] * len(fused.engine.weights)
+    assert all(weight.step == 3 for weight in fused.engine.weights)
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ for dtype, weight_format, state_format in (
             assert (got.dx.float() - dx.float()).abs().max() < tolerance, where
 
 dist.barrier()
+dist.destroy_process_group()
 print("ok")
 """
 
@@ -106,6 +107,7 @@ try:
 except Broken as error:
     print("ok", error)
 dist.barrier()
+dist.destroy_process_group()
 """
 
 

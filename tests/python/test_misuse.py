@@ -47,7 +47,7 @@ def test_out_of_memory_in_a_backward(monkeypatch, schedule):
     empty = torch.empty
     with monkeypatch.context() as patch:
         # dX of the last layer, which is the first thing that its backward allocates.
-        patch.setattr(torch, "empty", lambda *_a, **_k: empty(MORE_THAN_THERE_IS))
+        patch.setattr(torch, "empty_like", lambda *_a, **_k: empty(MORE_THAN_THERE_IS))
         with pytest.raises(RuntimeError, match="allocate memory"):
             loss.backward()
     assert_same_bits(model, before)
@@ -58,6 +58,24 @@ def test_out_of_memory_in_a_backward(monkeypatch, schedule):
         mlp_loss(net, batch).backward()
         each.step()
     assert worst(model, stock) < 2e-6
+
+
+def test_numbers_of_a_backward_that_failed_are_read_again(monkeypatch):
+    model = mlp()
+    fused = forge_train.fuse(model, SGD(lr=0.1), schedule="immediate")
+    before, batch = copy.deepcopy(model), mlp_batches(1)[0]
+    loss = mlp_loss(model, batch)
+    with monkeypatch.context() as patch:
+        empty = torch.empty
+        patch.setattr(torch, "empty_like", lambda *_a, **_k: empty(MORE_THAN_THERE_IS))
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            loss.backward()
+    del loss
+    fused.optimizer.zero_grad()
+    fused.optimizer.param_groups[0]["lr"] = 0.0
+    mlp_loss(model, batch).backward()
+    fused.optimizer.step()
+    assert_same_bits(model, before)
 
 
 def test_out_of_memory_for_an_accumulator(monkeypatch):

@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
-import torch
-
 from .._comm import Place
 from .._context import Context
 from .._lib import check, ffi, lib
 from .._linear import Linear
 from .._types import Layout, LinearSpec, Plan
 from ..choose import AUTO_FORMAT, DTYPE_OF_FORMAT, choose
-from ..dense import parts_of, shape_of
+from ..dense import shape_of
 from ..engine import Engine
 from ..rules import AdamW
 from .architecture import Architecture, Module, modules_of
@@ -30,7 +28,6 @@ from .methods import (
     FACTORS,
     GRADIENTS,
     STATES,
-    TEMPORARY,
     WORKSPACES,
     Method,
     Parameter,
@@ -179,17 +176,6 @@ class Forge(Method):
                 memory.release(block)
         self.segments[name] = []
 
-    def step(self, memory: Memory) -> None:
-        """Factors are held until all weights are updated; FORGE reads gradients in fp32 parts."""
-        if self.options.rest == "torch":
-            return
-        wide = []
-        for name, each in self.handled.items():
-            if name in self.gradients and self.options.dtype != "fp32":
-                elements = each.layout.out_local * each.layout.in_local
-                wide.append(elements // parts_of(elements) * _FP32)
-        memory.scratch(max(wide, default=0), TEMPORARY)
-
 
 def _kept(memory: Memory, block: Block) -> Block:
     memory.move(block, FACTORS)
@@ -212,8 +198,7 @@ def _handled(found: Architecture, options: Options) -> dict[str, Handled]:
     dtype = DTYPES[options.dtype]
     weight_format = _weight_format(options)
     fused = LinearSpec(1, 1, AdamW(), dtype, weight_format, options.state_format)
-    # What is left has fp32 gradients to the library.
-    left = replace(fused, factor_dtype=torch.float32, state_formats=options.rest_state_format)
+    left = replace(fused, state_formats=options.rest_state_format)
     model = skeleton(modules, dtype)
     handled = {}
     for choice in choose(model, set(model.parameters()), (), options.weight_format):

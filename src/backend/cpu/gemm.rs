@@ -79,10 +79,13 @@ pub unsafe fn wgrad_tile(
     // schedules agree in the sign of zero, too.
     // SAFETY: the tile lies within the shard.
     unsafe {
-        if let Some(Accumulator(buffer)) = accumulator {
+        if let Some(buffer) = accumulator {
+            let matrix = Matrix { data: buffer.data(), stride: shard.cols };
+            let (values, stride) =
+                rows_as_f32(buffer.dtype(), matrix, tile.row, tile.rows, tile.col, tile.cols, left);
             for (row, out) in out.chunks_exact_mut(tile.cols).enumerate() {
-                let at = (tile.row + row) * shard.cols + tile.col;
-                out.copy_from_slice(std::slice::from_raw_parts(buffer.add(at), tile.cols));
+                let row = std::slice::from_raw_parts(values.add(row * stride), tile.cols);
+                out.copy_from_slice(row);
             }
         }
         for segment in factors {

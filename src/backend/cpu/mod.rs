@@ -144,7 +144,7 @@ impl Cpu {
         let mut gradient = vec![0.0f32; shard.rows * shard.cols];
         // SAFETY: as promised by the caller.
         unsafe {
-            self.add_products(scheme, shard, factors, Accumulator(gradient.as_mut_ptr()));
+            self.add_products(scheme, shard, factors, Accumulator::fp32(gradient.as_mut_ptr()));
             let whole = Tile { row: 0, col: 0, rows: shard.rows, cols: shard.cols };
             let update = TileUpdate { scheme, shard, arrays, step };
             apply(update, whole, &mut gradient, shard.cols).expect("the rule's function succeeds");
@@ -463,7 +463,7 @@ impl Backend for Cpu {
         out: *mut f32,
         _stream: Stream,
     ) -> Result<()> {
-        let out = Accumulator(out);
+        let out = Accumulator::fp32(out);
         self.for_each(shard.rows, |row, _| {
             // SAFETY: as promised by the caller; rows are disjoint.
             unsafe { image::export_row(scheme, shard, arrays, image, row, out.get()) };
@@ -480,7 +480,7 @@ impl Backend for Cpu {
         values: *const f32,
         _stream: Stream,
     ) -> Result<()> {
-        let values = Accumulator(values.cast_mut());
+        let values = Accumulator::fp32(values.cast_mut());
         self.for_each(shard.rows, |row, _| {
             // SAFETY: as promised by the caller; rows are disjoint.
             unsafe { image::import_row(scheme, shard, arrays, image, row, values.get()) };

@@ -14,8 +14,9 @@ const OLDEST: i32 = 12010;
 const FIRST: [&str; 4] = ["cuDriverGetVersion", "cuInit", "cuGetErrorName", "cuGetErrorString"];
 
 /// All others that this backend calls, itself or through cudarc's context.
-const OTHERS: [&str; 21] = [
+const OTHERS: [&str; 29] = [
     "cuCtxGetCurrent",
+    "cuCtxGetStreamPriorityRange",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
     "cuCtxSetCurrent",
@@ -26,6 +27,10 @@ const OTHERS: [&str; 21] = [
     "cuDeviceGetName",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventQuery",
+    "cuEventRecord",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
     "cuMemcpyDtoHAsync_v2",
@@ -34,7 +39,10 @@ const OTHERS: [&str; 21] = [
     "cuModuleLoadData",
     "cuModuleUnload",
     "cuPointerGetAttribute",
+    "cuStreamCreateWithPriority",
+    "cuStreamDestroy_v2",
     "cuStreamSynchronize",
+    "cuStreamWaitEvent",
     "cuTensorMapEncodeTiled",
 ];
 

@@ -1,4 +1,4 @@
-//! The rule over an fp32 gradient in memory: `kernels/elementwise.cu`.
+//! The rule over a gradient in memory: `kernels/elementwise.cu`.
 
 use super::super::{Arrays, Scheme, Shard, Stream};
 use super::driver::{DevicePtr, parameters};
@@ -6,7 +6,7 @@ use super::gpu::{Gpu, Kernel};
 use super::parameters::{KernelArrays, KernelShard, KernelStep, Region};
 use super::{grid, sources, specialise};
 use crate::error::Result;
-use crate::format::{StateFormat, WeightFormat};
+use crate::format::{Dtype, StateFormat, WeightFormat};
 
 /// Threads of a block.
 pub const THREADS: u32 = 256;
@@ -18,11 +18,13 @@ pub struct Gradient {
     pub data: DevicePtr,
     /// Elements from one row to the next.
     pub stride: u64,
+    /// fp32, or the factors' type.
+    pub dtype: Dtype,
 }
 
 impl Gradient {
     /// No gradient: decay and moments move as on zeros.
-    pub const ZERO: Self = Self { data: 0, stride: 0 };
+    pub const ZERO: Self = Self { data: 0, stride: 0, dtype: Dtype::F32 };
 }
 
 /// Enqueues the rule over a region; writes [`Region::tiles`] partials.
@@ -52,8 +54,9 @@ pub unsafe fn update(
         shared_bytes: 0,
     };
     let (arrays, shard) = (KernelArrays::from(arrays), KernelShard::from(shard));
-    let Gradient { data, stride } = gradient;
-    let mut parameters = parameters!(arrays, shard, region, data, stride, *step, partials);
+    let Gradient { data, stride, dtype } = gradient;
+    let dtype = specialise::dtype_code(dtype);
+    let mut parameters = parameters!(arrays, shard, region, data, stride, dtype, *step, partials);
     // SAFETY: as promised by the caller; the kernel declares these parameters.
     unsafe { gpu.run(kernel, &mut parameters, stream) }
 }
@@ -83,7 +86,7 @@ pub fn is_vector(scheme: &Scheme, shard: &Shard, arrays: &Arrays, gradient: Grad
         aligned(arrays.states[k] as u64, bytes)
     });
     has_runs(shard)
-        && gradient.stride.is_multiple_of(4)
+        && gradient.stride.is_multiple_of(16 / gradient.dtype.bytes() as u64)
         && aligned(gradient.data, 16)
         && aligned(arrays.weight as u64, 16)
         && (!extra || aligned(arrays.extra as u64, 16))

@@ -24,6 +24,7 @@ pub mod needs;
 pub mod panels;
 pub mod parameters;
 pub mod reduce;
+pub mod side_stream;
 pub mod sm80;
 pub mod sm90;
 pub mod sources;
@@ -37,8 +38,9 @@ use super::{
     Report, Scheme, Shard, StepSource, Stream,
 };
 use crate::error::{Result, bail};
+use crate::format::Dtype;
 use blas::{Left, Plane, Product};
-use driver::DevicePtr;
+use driver::{Device, DevicePtr};
 use elementwise::Gradient;
 use gpu::Gpu;
 use mainloop::Mainloop;
@@ -46,7 +48,7 @@ use panels::{Partials, no_tokens, plane_of};
 use parameters::{KernelNorm, KernelReport, Region};
 use std::mem::ManuallyDrop;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use workspace::{TOTAL_BYTES, Workspace};
 
 /// `FORGE_NORM_TILES`.
@@ -161,9 +163,11 @@ impl Cuda {
                 None => {
                     let apply = |region: Region, gradient: Option<Plane>, to: &mut Partials| {
                         let at = to.take(region.tiles())?;
+                        let dtype = gradient_dtype(factors, accumulator);
                         let gradient = gradient.map_or(Gradient::ZERO, |plane| Gradient {
                             data: plane.data,
                             stride: plane.stride as u64,
+                            dtype,
                         });
                         elementwise::update(
                             gpu, scheme, shard, region, arrays, gradient, &step, at, stream,
@@ -210,6 +214,11 @@ impl Cuda {
     }
 }
 
+/// Of the gradient that panels are of: in fp32, or where nothing is multiplied as it lies.
+fn gradient_dtype(factors: &[Factors], accumulator: Option<Accumulator>) -> Dtype {
+    accumulator.filter(|_| no_tokens(factors)).map_or(Dtype::F32, Accumulator::dtype)
+}
+
 /// Where the sum of squares of a gradient is that has been consumed.
 enum Squares {
     /// In the report or the norm.
@@ -246,6 +255,10 @@ impl Backend for Cuda {
 
     fn memory_is_host(&self) -> bool {
         false
+    }
+
+    fn device(&self) -> Option<Arc<Device>> {
+        Some(self.gpu.device.clone())
     }
 
     fn check_memory(&self, name: &str, data: *const u8) -> Result<()> {
@@ -398,7 +411,12 @@ impl Backend for Cuda {
                         let Some(Plane { data, stride }) = gradient else { return Ok(()) };
                         let at = to.take(region.tiles())?;
                         let size = (region.rows, region.cols);
-                        reduce::squares(gpu, (data, stride as u64), size, at, stream)
+                        let gradient = Gradient {
+                            data,
+                            stride: stride as u64,
+                            dtype: gradient_dtype(factors, accumulator),
+                        };
+                        reduce::squares(gpu, gradient, size, at, stream)
                     };
                     Squares::Partials(panels::for_each(
                         gpu,

@@ -127,8 +127,8 @@ pub unsafe fn products(
 }
 
 /// The gradient region by region: dW of a panel in the workspace, then `consume(region, panel)`. Where
-/// there is nothing to multiply it is all consumed where it lies, in the accumulator; without one it is
-/// zeros, and None. Returns how many partials were taken.
+/// there is nothing to multiply it is all consumed where it lies, in the accumulator, whose type it has;
+/// without one it is zeros, and None. Returns how many partials were taken.
 ///
 /// # Safety
 /// As [`super::super::Backend::update`]; the context is current.
@@ -145,7 +145,8 @@ pub unsafe fn for_each(
     let mut partials = Partials { base: workspace.partials, count: 0 };
     if no_tokens(factors) {
         let whole = Region::whole(shard);
-        consume(whole, accumulator.map(|a| plane_of(a, shard, whole)), &mut partials)?;
+        let plane = |a: Accumulator| Plane { data: a.data() as DevicePtr, stride: shard.cols };
+        consume(whole, accumulator.map(plane), &mut partials)?;
         return Ok(partials.count);
     }
     let panels = panels(shard);

@@ -2,6 +2,7 @@
 
 use super::super::{Arrays, Image, Matrix, Scheme, Shard, StepSource, Stream};
 use super::driver::{DevicePtr, parameters};
+use super::elementwise::Gradient;
 use super::gpu::{Gpu, Kernel};
 use super::parameters::{
     KernelArrays, KernelScalars, KernelShard, KernelSource, KernelStep, Region,
@@ -100,21 +101,23 @@ pub unsafe fn norm(
     unsafe { gpu.run(kernel, &mut parameters!(partials, count, method, first, second), stream) }
 }
 
-/// The squares of an fp32 region in memory, a partial for each of its tiles.
+/// The squares of a gradient in memory, a partial for each of its tiles.
 ///
 /// # Safety
 /// As [`report`].
 pub unsafe fn squares(
     gpu: &Gpu,
-    (data, stride): (DevicePtr, u64),
+    gradient: Gradient,
     (rows, cols): (u64, u64),
     partials: DevicePtr,
     stream: Stream,
 ) -> Result<()> {
+    let Gradient { data, stride, dtype } = gradient;
+    let dtype = specialise::dtype_code(dtype);
     let tiles = Region { row: 0, col: 0, rows, cols }.tiles();
     let kernel = kernel("forge_squares", &[], grid(tiles)?, THREADS);
     // SAFETY: as promised by the caller; the kernel declares these parameters.
-    unsafe { gpu.run(kernel, &mut parameters!(data, stride, rows, cols, partials), stream) }
+    unsafe { gpu.run(kernel, &mut parameters!(data, stride, dtype, rows, cols, partials), stream) }
 }
 
 /// What the kernel of the bias gradient is compiled for.

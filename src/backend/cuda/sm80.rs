@@ -276,6 +276,7 @@ impl<'a> Call<'a> {
         let buffer = self.accumulator.map_or(Gradient::ZERO, |a| Gradient {
             data: a.get() as DevicePtr,
             stride: self.shard.cols as u64,
+            dtype: a.dtype(),
         });
         let arrays = self.arrays.unwrap_or(&Arrays::NONE);
         Specialisation {
