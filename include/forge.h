@@ -385,7 +385,7 @@ typedef struct {
   uint32_t reserved;
   // First argument of every callback.
   void *user;
-  // recv = every rank's send, in order of rank.
+  // recv = every rank's send, in order of rank. Of a data-parallel linear's W send is this rank's part of recv.
   int32_t (*all_gather)(void *user,
                         const void *send,
                         void *recv,
@@ -401,6 +401,9 @@ typedef struct {
   int32_t (*all_reduce)(void *user, void *buffer, uint64_t count, uint32_t dtype);
   // May be NULL where the others return only when they are done.
   int32_t (*wait)(void *user);
+  // recv = of every rank's send, in order of rank, the part that is for this one; send has a part of `count`
+  // for each. NULL where no linear is data parallel.
+  int32_t (*all_to_all)(void *user, const void *send, void *recv, uint64_t count, uint32_t dtype);
 } forge_host_collectives;
 
 // A rank of a new NCCL communicator.
@@ -509,13 +512,18 @@ typedef struct {
   uint64_t row_offset;
   // First column of W here.
   uint64_t col_offset;
-  // The model weight.
+  // Rows of W that this rank updates: all that it has, but for data parallelism, where `weight_extra`, states,
+  // scales and accumulator are of these rows alone.
+  uint64_t out_owned;
+  // First of them among the rows here.
+  uint64_t owned_offset;
+  // The model weight, [out_local, in_local].
   forge_array_layout weight;
   // Master weight or lower halves.
   forge_array_layout weight_extra;
   // States.
   forge_array_layout states[3];
-  // Scales of q8 states, [ceil(in_local / 128), out_local].
+  // Scales of q8 states, [ceil(in_local / 128), out_owned].
   forge_array_layout scales[3];
   // Buffer of the schedule `accumulate`.
   forge_array_layout accumulator;
@@ -545,8 +553,14 @@ typedef struct {
   uint64_t factor_bytes;
   // Of the accumulator.
   uint64_t accumulator_bytes;
-  // What a stock fp32 gradient takes.
+  // What a stock fp32 gradient of the owned rows takes.
   uint64_t gradient_bytes;
+  // Received to sum dW of a micro-batch over data-parallel ranks; W is gathered besides.
+  uint64_t wire_bytes;
+  // A forge_reduction, AUTO where nothing is summed.
+  uint32_t reduction;
+  // 0.
+  uint32_t reserved;
   // One sentence, NUL-terminated.
   char reason[256];
 } forge_plan;
@@ -718,7 +732,7 @@ typedef struct {
   uint32_t reserved;
 } forge_norm;
 
-// One backward. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
+// One backward. All data-parallel ranks have the same tokens. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
 // has tokens/ranks rows. dx and dbias may have data NULL: not wanted.
 typedef struct {
   // sizeof(forge_backward).
@@ -733,15 +747,18 @@ typedef struct {
   forge_const_buffer x;
   // Elements from one row of dy to the next; 0: contiguous, as it must be under row parallel SP.
   uint64_t dy_stride;
-  // Elements from one row of x to the next; 0: contiguous, as it must be under column parallel SP.
+  // Elements from one row of x to the next; 0: contiguous, as it must be under column parallel SP and with data
+  // parallelism.
   uint64_t x_stride;
   // [tokens, in_local], contiguous, factor_dtype.
   forge_buffer dx;
   // `[out_local]`, factor_dtype.
   forge_buffer dbias;
-  // forge_linear_workspace bytes. With SP the gathered factor is left at its start.
+  // forge_linear_workspace bytes. With SP the gathered factor is left at its start. With data parallelism the
+  // exchanged factors are: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY
+  // [tokens of all ranks, out_owned].
   forge_buffer workspace;
-  // fp32 [out_local, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
+  // fp32 [out_owned, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
   // (data NULL: none).
   forge_buffer accumulator;
   // The parameter; KEEP and ACCUMULATE read `weight` alone, and only for dx.
@@ -755,9 +772,10 @@ typedef struct {
   forge_norm *device_norm;
 } forge_backward;
 
-// The factors of one micro-batch, as the shard of W needs them (after gathering).
+// The factors of one micro-batch, as the owned rows of W need them: after gathering, and where the linear is data
+// parallel after the exchange, of the tokens of all its ranks.
 typedef struct {
-  // [tokens, out_local].
+  // [tokens, out_owned].
   forge_const_buffer dy;
   // [tokens, in_local].
   forge_const_buffer x;
@@ -777,7 +795,7 @@ typedef struct {
   uint32_t n_segments;
   // In the order in which they are summed.
   const forge_segment *segments;
-  // fp32 [out_local, in_local], added to dW; data NULL: none. Without segments it is the gradient, and may
+  // fp32 [out_owned, in_local], added to dW; data NULL: none. Without segments it is the gradient, and may
   // also be of factor_dtype: its bytes tell.
   forge_const_buffer accumulator;
   // The parameter.
@@ -923,6 +941,16 @@ forge_status forge_comm_borrow_nccl(forge_context *context,
 // `comm` is a live communicator.
 forge_status forge_comm_check(const forge_comm *comm);
 
+// What `stream` gets from now on comes after all collectives so far; on the CPU this returns when they are done.
+// Before W of a data-parallel linear is read.
+//
+// Errors: FORGE_ERROR_COLLECTIVE, FORGE_ERROR_DEVICE.
+//
+// # Safety
+// `comm` is a live communicator, `stream` a stream of its context's device.
+forge_status forge_comm_wait(const forge_comm *comm,
+                             void *stream);
+
 // Frees a communicator; NULL is allowed. Linears made with it stay valid.
 //
 // # Safety
@@ -1003,6 +1031,25 @@ forge_status forge_linear_new(forge_context *context,
                               const forge_linear_config *config,
                               forge_linear **out_linear);
 
+// As forge_linear_new, of a linear whose W the ranks of `data_parallel` have as well, with other tokens. Each rank
+// owns as many of its rows: it has their states, and updates them over the tokens of all; no rank ever has a whole
+// gradient. `reduction` (a forge_reduction) says how dW is summed; a backward and an update start to gather W, and
+// forge_comm_wait of `data_parallel` comes before W is read. Ranks make the same calls with the same tokens.
+//
+// A gradient is the sum over ranks: divide by their number with grad_scale where the loss is a mean.
+//
+// Errors: as forge_linear_new; FORGE_ERROR_SHARD (rows that do not divide by the ranks of `data_parallel`);
+// FORGE_ERROR_NULL (collectives of the caller's without `all_to_all`).
+//
+// # Safety
+// As forge_linear_new; `data_parallel` is live, and of the same context.
+forge_status forge_linear_new_data_parallel(forge_context *context,
+                                            forge_comm *comm,
+                                            forge_comm *data_parallel,
+                                            uint32_t reduction,
+                                            const forge_linear_config *config,
+                                            forge_linear **out_linear);
+
 // Frees a linear; NULL is allowed. The parameter's arrays are the caller's.
 //
 // # Safety
@@ -1018,7 +1065,7 @@ forge_status forge_linear_layout(const forge_linear *linear,
                                  forge_layout *out);
 
 // Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs: 0 without sequence
-// parallelism. Not the context's workspace.
+// parallelism and data parallelism. Not the context's workspace.
 //
 // Errors: FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (tokens that do not divide by the ranks).
 //
@@ -1138,7 +1185,7 @@ forge_status forge_linear_update(forge_linear *linear,
                                  forge_report *report,
                                  void *stream);
 
-// `accumulator += Σ dYᵀX` over all segments; fp32 [out_local, in_local]. The caller zeroes it before a step's
+// `accumulator += Σ dYᵀX` over all segments; fp32 [out_owned, in_local]. The caller zeroes it before a step's
 // first micro-batch.
 //
 // # Safety
@@ -1177,7 +1224,20 @@ forge_status forge_linear_norm_async(forge_linear *linear,
                                      forge_norm *device_out,
                                      void *stream);
 
-// Writes the master weight as fp32 [out_local, in_local].
+// Starts to gather W from the data-parallel ranks, each of which has written the rows that it owns: an import does
+// not do so by itself, as an update does. forge_comm_wait comes before W is read. Nothing where one rank has all rows.
+//
+// Written: `weight`, of the layout's size.
+//
+// Errors: FORGE_ERROR_COLLECTIVE.
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_gather_weight(const forge_linear *linear,
+                                        forge_buffer weight,
+                                        void *stream);
+
+// Writes the master weight as fp32 [out_owned, in_local].
 //
 // # Safety
 // As forge_linear_backward.
@@ -1186,7 +1246,7 @@ forge_status forge_linear_export_weight(const forge_linear *linear,
                                         forge_buffer fp32,
                                         void *stream);
 
-// Reads the master weight from fp32 [out_local, in_local], rounding to nearest.
+// Reads the master weight from fp32 [out_owned, in_local], rounding to nearest.
 //
 // # Safety
 // As forge_linear_backward.
@@ -1195,7 +1255,7 @@ forge_status forge_linear_import_weight(const forge_linear *linear,
                                         forge_const_buffer fp32,
                                         void *stream);
 
-// Writes state `index` as fp32 [out_local, in_local].
+// Writes state `index` as fp32 [out_owned, in_local].
 //
 // # Safety
 // As forge_linear_backward.
@@ -1205,7 +1265,7 @@ forge_status forge_linear_export_state(const forge_linear *linear,
                                        forge_buffer fp32,
                                        void *stream);
 
-// Reads state `index` from fp32 [out_local, in_local], rounding to nearest.
+// Reads state `index` from fp32 [out_owned, in_local], rounding to nearest.
 //
 // # Safety
 // As forge_linear_backward.

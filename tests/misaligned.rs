@@ -287,6 +287,18 @@ impl Fixture {
                 forge_linear_free(out[0]);
                 status
             });
+            refused += check("forge_linear_new_data_parallel", |p| {
+                let mut out = [null_mut(); 2];
+                let (context, comm) = (p.of("context", self.context), p.of("comm", self.comm));
+                let others = p.of("data_parallel", self.comm);
+                let config = p.read("config", &self.config);
+                let to = p.of("out_linear", out.as_mut_ptr());
+                let status = forge_linear_new_data_parallel(context, comm, others, 0, config, to);
+                forge_linear_free(out[0]);
+                status
+            });
+            refused +=
+                check("forge_comm_wait", |p| forge_comm_wait(p.of("comm", self.comm), null_mut()));
             refused += check("forge_context_workspace_bytes", |p| {
                 let mut out = [7u64; 2];
                 let out_bytes = p.of("out_bytes", out.as_mut_ptr());

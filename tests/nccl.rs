@@ -277,6 +277,88 @@ fn gather_and_reduce() {
     assert_eq!(ends, RANKS as usize);
 }
 
+#[test]
+#[ignore = "run by factors_are_exchanged_between_replicas"]
+fn exchange() {
+    on_all_ranks(10_000, |rank, context, replicas| {
+        let mut solo = null_mut();
+        let mut config: forge_linear_config = sized();
+        config.factor_dtype = forge_dtype::FORGE_DTYPE_F32 as u32;
+        (config.out_features, config.in_features) = (ROWS, COLS);
+        config.rule = c"sgd".as_ptr();
+        let (mut linear, mut layout): (_, forge_layout) = (null_mut(), sized());
+        let reduction = forge_reduction::FORGE_REDUCTION_EXCHANGE as u32;
+        let mut bytes = 0;
+        // SAFETY: handles and structs are live.
+        unsafe {
+            ok(forge_comm_new_solo(context, &mut solo));
+            let (config, out) = (&config, &mut linear);
+            ok(forge_linear_new_data_parallel(context, solo, replicas, reduction, config, out));
+            ok(forge_linear_layout(linear, &mut layout));
+            ok(forge_linear_workspace(linear, TOKENS, &mut bytes));
+        }
+        let owned = ROWS / RANKS;
+        assert_eq!((layout.out_local, layout.out_owned), (ROWS, owned));
+        assert_eq!(layout.owned_offset, rank * owned);
+        assert_eq!(layout.states[0].bytes, 0);
+        assert_eq!((layout.weight.rows, layout.accumulator.rows), (ROWS, owned));
+        let mut parameter: Box<forge_parameter> = Box::new(sized());
+        parameter.weight = device(&numbers(5, rank, ROWS * COLS));
+        let mut call: forge_backward = sized();
+        call.mode = forge_backward_mode::FORGE_BACKWARD_KEEP as u32;
+        call.tokens = TOKENS;
+        call.dy = constant(device(&numbers(1, rank, TOKENS * ROWS)));
+        call.x = constant(device(&numbers(2, rank, TOKENS * COLS)));
+        call.dx = device(&numbers(3, rank, TOKENS * COLS));
+        call.workspace = device(&vec![0.0; bytes as usize / 4]);
+        call.parameter = &*parameter;
+        let before = order().len();
+        // SAFETY: handles and structs are live, buffers have their sizes.
+        ok(unsafe { forge_linear_backward(linear, &call, null_mut(), null_mut()) });
+        // What is sent is put in order, then both go while dX is computed, which the update would come after.
+        let copies = vec!["copy"; RANKS as usize];
+        let (to_owners, gather) = (operation("ncclGroupEnd"), operation("ncclAllGather"));
+        let expected: Vec<&str> =
+            [&copies[..], &to_owners, &gather, &["forge_exact", "record", "wait"]].concat();
+        let log = order().split_off(before);
+        let what: Vec<&str> = log.iter().map(|(what, _)| what.as_str()).collect();
+        assert_eq!(what, expected);
+        // X of all, then dY of all for the owned rows.
+        let x = (RANKS * TOKENS * COLS) as usize;
+        let all = floats(call.workspace, bytes as usize / 4);
+        let gathered: Vec<f32> = (0..RANKS).flat_map(|r| numbers(2, r, TOKENS * COLS)).collect();
+        assert_eq!(all[..x], gathered);
+        let dy = x.next_multiple_of(64);
+        let columns = |r: u64| -> Vec<f32> {
+            let whole = numbers(1, r, TOKENS * ROWS);
+            let row = |t: u64| {
+                let first = (t * ROWS + rank * owned) as usize;
+                whole[first..first + owned as usize].to_vec()
+            };
+            (0..TOKENS).flat_map(row).collect()
+        };
+        let received: Vec<f32> = (0..RANKS).flat_map(columns).collect();
+        assert_eq!(all[dy..dy + received.len()], received);
+        // W from the owners of its rows.
+        // SAFETY: as above.
+        unsafe {
+            ok(forge_linear_gather_weight(linear, parameter.weight, null_mut()));
+            ok(forge_comm_wait(replicas, null_mut()));
+        }
+        let own = |r: u64| {
+            let all = numbers(5, r, ROWS * COLS);
+            all[(r * owned * COLS) as usize..((r + 1) * owned * COLS) as usize].to_vec()
+        };
+        let weight: Vec<f32> = (0..RANKS).flat_map(own).collect();
+        assert_eq!(floats(parameter.weight, (ROWS * COLS) as usize), weight);
+        // SAFETY: freed once.
+        unsafe {
+            forge_linear_free(linear);
+            forge_comm_free(solo);
+        }
+    });
+}
+
 /// How often any thread did this.
 fn order_of_all(what: &str) -> usize {
     log().lines().filter(|l| l.starts_with("order ") && l.contains(what)).count()
@@ -435,7 +517,7 @@ fn run(test: &str) {
     let root = directory(&format!("nccl-{test}"));
     build(&root, "nccl.c", "libnccl.so.2", &["-pthread"]);
     let mut child = child(&root, test);
-    if test != "gather_and_reduce" {
+    if !["gather_and_reduce", "exchange"].contains(&test) {
         child.env("FAKE_CUDA_BUSY", "1");
     }
     print!("{}", finish(&mut child));
@@ -444,6 +526,11 @@ fn run(test: &str) {
 #[test]
 fn shards_are_gathered_and_reduced_between_ranks() {
     run("gather_and_reduce");
+}
+
+#[test]
+fn factors_are_exchanged_between_replicas() {
+    run("exchange");
 }
 
 #[test]

@@ -23,6 +23,13 @@ pub struct Matrix {
     pub stride: usize,
 }
 
+impl Matrix {
+    /// The same rows from this column on.
+    pub fn skip_columns(self, columns: usize, dtype: Dtype) -> Self {
+        Self { data: self.data.wrapping_add(columns * dtype.bytes()), stride: self.stride }
+    }
+}
+
 // SAFETY: memory that the C caller keeps alive and unchanged during the call; the backend only reads
 // through it.
 unsafe impl Send for Matrix {}
@@ -459,6 +466,25 @@ pub trait Backend: Send + Sync {
         dbias: *mut u8,
         stream: Stream,
     ) -> Result<()>;
+
+    /// `to [rows, cols]`, contiguous, = a matrix of as many elements of `dtype`.
+    ///
+    /// # Safety
+    /// As [`Backend::update`]; both are in this backend's memory.
+    unsafe fn copy(
+        &self,
+        from: Matrix,
+        size: (usize, usize),
+        dtype: Dtype,
+        to: *mut u8,
+        stream: Stream,
+    ) -> Result<()>;
+
+    /// Writes zeros.
+    ///
+    /// # Safety
+    /// As [`Backend::update`].
+    unsafe fn zero(&self, to: *mut u8, bytes: usize, stream: Stream) -> Result<()>;
 
     /// Writes an array as fp32 `[rows, cols]`.
     ///

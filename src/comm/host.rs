@@ -21,8 +21,10 @@ pub struct Collectives {
     pub reduce_scatter: Gather,
     /// `(user, buffer, count, dtype)`.
     pub all_reduce: Reduce,
-    /// `(user)`; None where the callbacks above return only when they are complete.
+    /// `(user)`; None where the callbacks return only when they are complete.
     pub wait: Option<Wait>,
+    /// `(user, send, recv, count for each rank, dtype)`; None where nobody needs it.
+    pub all_to_all: Option<Gather>,
 }
 
 /// A rank among several.
@@ -102,6 +104,33 @@ impl Comm for Host {
             (c.reduce_scatter)(c.user, send.cast(), recv.cast(), count as u64, code(dtype))
         };
         self.check("reduce_scatter", status)
+    }
+
+    unsafe fn all_to_all(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: Dtype,
+        _stream: Stream,
+    ) -> Result<()> {
+        self.check_complete()?;
+        let Some(all_to_all) = self.collectives.all_to_all else { return Ok(()) };
+        let user = self.collectives.user;
+        // SAFETY: as above.
+        let status =
+            unsafe { all_to_all(user, send.cast(), recv.cast(), count as u64, code(dtype)) };
+        self.check("all_to_all", status)
+    }
+
+    fn check_complete(&self) -> Result<()> {
+        if self.collectives.all_to_all.is_none() {
+            bail!(
+                FORGE_ERROR_NULL,
+                "all_to_all: the caller's collectives have none, and data parallelism needs it"
+            );
+        }
+        Ok(())
     }
 
     unsafe fn all_reduce(

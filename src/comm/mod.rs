@@ -1,4 +1,4 @@
-//! What is gathered or reduced over the tensor-parallel ranks.
+//! What is gathered, exchanged or reduced over ranks.
 //!
 //! One trait, implemented by `solo`, `host` and `nccl`. Each operation is *enqueued* and [`Comm::wait`] is where the
 //! compute side needs the results: an event on a communication stream under NCCL, the caller's own wait
@@ -15,14 +15,16 @@ use crate::backend::Stream;
 use crate::error::Result;
 use crate::format::Dtype;
 
-/// A communicator of the ranks that share one W. Operations come after what `stream` has.
+/// A communicator of ranks: those that share out one W, or those that have a copy of it. Operations come after
+/// what `stream` has.
 pub trait Comm: Send + Sync {
     /// This rank, from 0.
     fn rank(&self) -> usize;
     /// Number of ranks.
     fn size(&self) -> usize;
 
-    /// `recv` = every rank's `send` (`count` elements each), in order of rank.
+    /// `recv` = every rank's `send` (`count` elements each), in order of rank. `send` may be this rank's part of
+    /// `recv`.
     ///
     /// # Safety
     /// `send` is valid for `count`, `recv` for `count · size` elements until [`Comm::wait`].
@@ -47,6 +49,25 @@ pub trait Comm: Send + Sync {
         dtype: Dtype,
         stream: Stream,
     ) -> Result<()>;
+
+    /// `recv` = of every rank's `send`, in order of rank, the part (`count` elements) that is for this one; parts
+    /// are in order of rank, too.
+    ///
+    /// # Safety
+    /// Both are valid for `count · size` elements until [`Comm::wait`], and apart.
+    unsafe fn all_to_all(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: Dtype,
+        stream: Stream,
+    ) -> Result<()>;
+
+    /// Refuses a communicator that has not every operation of the trait.
+    fn check_complete(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// `buffer` = the sum of every rank's.
     ///

@@ -253,7 +253,7 @@ impl<'a> Checker<'a> {
         check_pointer("segments", segments)?;
         // SAFETY: readable for n elements, as promised by the caller.
         let segments = unsafe { std::slice::from_raw_parts(segments, n as usize) };
-        let (shard, dtype) = (&linear.shape.shard, linear.scheme.factor_dtype);
+        let (shard, dtype) = (linear.shape.owned(), linear.scheme.factor_dtype);
         let mut out = Vec::with_capacity(segments.len());
         let mut total: u64 = 0;
         for (i, s) in segments.iter().enumerate() {

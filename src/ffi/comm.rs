@@ -3,6 +3,7 @@
 use super::boundary::{boundary, check_pointer, check_reserved, handle, read_struct};
 use super::context::forge_context;
 use super::types::{forge_host_collectives, forge_nccl_config};
+use crate::backend::Stream;
 use crate::backend::cuda::driver::Device;
 use crate::comm::nccl::{ID_BYTES, Nccl, NcclComm, UniqueId};
 use crate::comm::{Collectives, Comm, Host, Solo};
@@ -73,8 +74,9 @@ pub unsafe extern "C" fn forge_comm_new_host(
                 "collectives: all_gather, reduce_scatter and all_reduce must not be NULL"
             );
         };
+        let (wait, all_to_all) = (c.wait, c.all_to_all);
         let collectives =
-            Collectives { user: c.user, all_gather, reduce_scatter, all_reduce, wait: c.wait };
+            Collectives { user: c.user, all_gather, reduce_scatter, all_reduce, wait, all_to_all };
         publish(Host::new(rank as usize, size as usize, collectives)?, out_comm)
     })
 }
@@ -200,6 +202,22 @@ pub unsafe extern "C" fn forge_comm_borrow_nccl(
 pub unsafe extern "C" fn forge_comm_check(comm: *const forge_comm) -> forge_status {
     // SAFETY: as promised by the caller.
     boundary(|| unsafe { handle("comm", comm)? }.comm.check())
+}
+
+/// What `stream` gets from now on comes after all collectives so far; on the CPU this returns when they are done.
+/// Before W of a data-parallel linear is read.
+///
+/// Errors: FORGE_ERROR_COLLECTIVE, FORGE_ERROR_DEVICE.
+///
+/// # Safety
+/// `comm` is a live communicator, `stream` a stream of its context's device.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_comm_wait(
+    comm: *const forge_comm,
+    stream: *mut c_void,
+) -> forge_status {
+    // SAFETY: as promised by the caller.
+    boundary(|| unsafe { handle("comm", comm)? }.comm.wait(Stream(stream)))
 }
 
 /// Frees a communicator; NULL is allowed. Linears made with it stay valid.

@@ -3,7 +3,7 @@
 use crate::backend::{Fp32Products, NormMethod};
 use crate::error::{Result, bail};
 use crate::format::{Dtype, Rounding, StateFormat, StateKind, WeightFormat};
-use crate::linear::{Parallel, Schedule};
+use crate::linear::{Parallel, Reduction, Schedule};
 
 /// Defines the conversion of a number to the type that the library uses. (The enums themselves are
 /// spelled out because cbindgen, which makes the header, sees no macros.)
@@ -64,6 +64,23 @@ convert!(fn dtype(forge_dtype) -> Option<Dtype> {
     FORGE_DTYPE_F16 => Some(Dtype::F16),
     FORGE_DTYPE_U8 => Some(Dtype::U8),
     FORGE_DTYPE_U16 => Some(Dtype::U16),
+});
+/// How dW is summed over data-parallel ranks.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum forge_reduction {
+    /// In a request: by the one that moves fewer bytes, which depends on the tokens. In a plan: nothing is summed.
+    FORGE_REDUCTION_AUTO = 0,
+    /// X is gathered, dY is sent to the owners of its columns; the kernel sums over the tokens of all ranks.
+    FORGE_REDUCTION_EXCHANGE = 1,
+    /// Row panels of dW, fp32, are reduced and scattered.
+    FORGE_REDUCTION_PANELS = 2,
+}
+
+convert!(fn reduction(forge_reduction) -> Reduction {
+    FORGE_REDUCTION_AUTO => Reduction::Auto,
+    FORGE_REDUCTION_EXCHANGE => Reduction::Exchange,
+    FORGE_REDUCTION_PANELS => Reduction::Panels,
 });
 /// How a weight is stored.
 #[repr(u32)]
@@ -228,6 +245,15 @@ pub(crate) fn dtype_code(dtype: Dtype) -> u32 {
         Dtype::F16 => forge_dtype::FORGE_DTYPE_F16,
         Dtype::U8 => forge_dtype::FORGE_DTYPE_U8,
         Dtype::U16 => forge_dtype::FORGE_DTYPE_U16,
+    }) as u32
+}
+
+/// The number of a reduction.
+pub(super) fn reduction_code(reduction: Reduction) -> u32 {
+    (match reduction {
+        Reduction::Auto => forge_reduction::FORGE_REDUCTION_AUTO,
+        Reduction::Exchange => forge_reduction::FORGE_REDUCTION_EXCHANGE,
+        Reduction::Panels => forge_reduction::FORGE_REDUCTION_PANELS,
     }) as u32
 }
 

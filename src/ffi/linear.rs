@@ -10,7 +10,7 @@ use super::{dtype_code, enums};
 use crate::backend::{Fp32Products, Scheme};
 use crate::error::{Result, bail, forge_status};
 use crate::format::{Dtype, StateFormat};
-use crate::linear::{ArrayLayout, Layout, Linear, PlanRequest, Shape};
+use crate::linear::{ArrayLayout, DataParallel, Layout, Linear, PlanRequest, Shape};
 use crate::rule::{self, MAX_STATES};
 use std::ffi::c_char;
 
@@ -86,31 +86,77 @@ pub unsafe extern "C" fn forge_linear_new(
     config: *const forge_linear_config,
     out_linear: *mut *mut forge_linear,
 ) -> forge_status {
+    // SAFETY: as promised by the caller.
+    boundary(|| unsafe { new(context, comm, None, config, out_linear) })
+}
+
+/// As forge_linear_new, of a linear whose W the ranks of `data_parallel` have as well, with other tokens. Each rank
+/// owns as many of its rows: it has their states, and updates them over the tokens of all; no rank ever has a whole
+/// gradient. `reduction` (a forge_reduction) says how dW is summed; a backward and an update start to gather W, and
+/// forge_comm_wait of `data_parallel` comes before W is read. Ranks make the same calls with the same tokens.
+///
+/// A gradient is the sum over ranks: divide by their number with grad_scale where the loss is a mean.
+///
+/// Errors: as forge_linear_new; FORGE_ERROR_SHARD (rows that do not divide by the ranks of `data_parallel`);
+/// FORGE_ERROR_NULL (collectives of the caller's without `all_to_all`).
+///
+/// # Safety
+/// As forge_linear_new; `data_parallel` is live, and of the same context.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_new_data_parallel(
+    context: *mut forge_context,
+    comm: *mut forge_comm,
+    data_parallel: *mut forge_comm,
+    reduction: u32,
+    config: *const forge_linear_config,
+    out_linear: *mut *mut forge_linear,
+) -> forge_status {
     boundary(|| {
-        check_pointer("out_linear", out_linear)?;
         // SAFETY: as promised by the caller.
-        let (context, comm, config, scheme) = unsafe {
-            let config = read_struct("config", config)?;
-            let scheme = scheme(&config)?;
-            (handle("context", context)?, handle("comm", comm)?, config, scheme)
-        };
-        let (backend, comm) = (context.backend.clone(), comm.comm.clone());
-        backend.check_scheme(&scheme)?;
-        let shape = Shape::new(
-            config.out_features,
-            config.in_features,
-            enums::parallel("parallel", config.parallel)?,
-            flag("sequence_parallel", config.sequence_parallel)?,
-            flag("reduce_dgrad", config.reduce_dgrad)?,
-            comm.rank(),
-            comm.size(),
-        )?;
-        let layout = Layout::new(&scheme, &shape.shard);
-        let linear = Linear { backend, comm, shape, scheme };
-        // SAFETY: checked above.
-        unsafe { *out_linear = Box::into_raw(Box::new(forge_linear { linear, layout })) };
-        Ok(())
+        let replicas = unsafe { handle("data_parallel", data_parallel)? };
+        let reduction = enums::reduction("reduction", reduction)?;
+        replicas.comm.check_complete()?;
+        let data_parallel = DataParallel { comm: replicas.comm.clone(), reduction };
+        // SAFETY: as promised by the caller.
+        unsafe { new(context, comm, Some(data_parallel), config, out_linear) }
     })
+}
+
+/// # Safety
+/// As forge_linear_new.
+unsafe fn new(
+    context: *mut forge_context,
+    comm: *mut forge_comm,
+    data_parallel: Option<DataParallel>,
+    config: *const forge_linear_config,
+    out_linear: *mut *mut forge_linear,
+) -> Result<()> {
+    check_pointer("out_linear", out_linear)?;
+    // SAFETY: as promised by the caller.
+    let (context, comm, config, scheme) = unsafe {
+        let config = read_struct("config", config)?;
+        let scheme = scheme(&config)?;
+        (handle("context", context)?, handle("comm", comm)?, config, scheme)
+    };
+    let (backend, comm) = (context.backend.clone(), comm.comm.clone());
+    backend.check_scheme(&scheme)?;
+    let mut shape = Shape::new(
+        config.out_features,
+        config.in_features,
+        enums::parallel("parallel", config.parallel)?,
+        flag("sequence_parallel", config.sequence_parallel)?,
+        flag("reduce_dgrad", config.reduce_dgrad)?,
+        comm.rank(),
+        comm.size(),
+    )?;
+    if let Some(replicas) = &data_parallel {
+        shape = shape.replicated(replicas.comm.rank(), replicas.comm.size())?;
+    }
+    let layout = Layout::new(&scheme, &shape.shard, &shape.owned());
+    let linear = Linear { backend, comm, shape, scheme, data_parallel };
+    // SAFETY: checked above.
+    unsafe { *out_linear = Box::into_raw(Box::new(forge_linear { linear, layout })) };
+    Ok(())
 }
 
 /// Frees a linear; NULL is allowed. The parameter's arrays are the caller's.
@@ -153,7 +199,7 @@ pub unsafe extern "C" fn forge_linear_layout(
                 alignment: linear.backend.alignment(dtype.bytes()) as u32,
             })
         };
-        let shard = &linear.shape.shard;
+        let (shard, owned) = (&linear.shape.shard, linear.shape.owned());
         let value = forge_layout {
             struct_size: size_of::<forge_layout>() as u32,
             n_states: linear.scheme.n_states as u32,
@@ -161,6 +207,8 @@ pub unsafe extern "C" fn forge_linear_layout(
             in_local: shard.cols as u64,
             row_offset: shard.row_offset,
             col_offset: shard.col_offset,
+            out_owned: owned.rows as u64,
+            owned_offset: owned.row_offset - shard.row_offset,
             weight: array(&layout.weight),
             weight_extra: array(&layout.extra),
             states: layout.states.each_ref().map(array),
@@ -174,7 +222,7 @@ pub unsafe extern "C" fn forge_linear_layout(
 }
 
 /// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs: 0 without sequence
-/// parallelism. Not the context's workspace.
+/// parallelism and data parallelism. Not the context's workspace.
 ///
 /// Errors: FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (tokens that do not divide by the ranks).
 ///
@@ -191,7 +239,7 @@ pub unsafe extern "C" fn forge_linear_workspace(
         // SAFETY: as promised by the caller.
         let linear = unsafe { &handle("linear", linear)?.linear };
         linear.shape.check_tokens(tokens)?;
-        let bytes = linear.shape.workspace_bytes(tokens as usize, linear.scheme.factor_dtype);
+        let bytes = linear.workspace_bytes(tokens as usize);
         // SAFETY: checked above.
         unsafe { *out_bytes = bytes as u64 };
         Ok(())
@@ -232,6 +280,9 @@ pub unsafe extern "C" fn forge_linear_plan(
             factor_bytes: plan.factor_bytes,
             accumulator_bytes: plan.accumulator_bytes,
             gradient_bytes: plan.gradient_bytes,
+            wire_bytes: plan.wire_bytes,
+            reduction: plan.reduction.map_or(0, enums::reduction_code),
+            reserved: 0,
             reason,
         };
         // SAFETY: checked above.

@@ -167,12 +167,12 @@ pub unsafe extern "C" fn forge_linear_backward(
             for (name, stride, width, is_x) in
                 [("dy_stride", b.dy_stride, rows, false), ("x_stride", b.x_stride, cols, true)]
             {
-                let gathered = shape.gathered_features().is_some_and(|(_, x)| x == is_x);
+                let gathered = shape.gathered_features().is_some_and(|(_, x)| x == is_x)
+                    || (is_x && linear.data_parallel.is_some());
                 if gathered && stride != 0 && stride != width {
                     bail!(
                         FORGE_ERROR_UNSUPPORTED,
-                        "{name}: {stride}; the factor that sequence parallelism gathers must be \
-                         contiguous (0 or {width})"
+                        "{name}: {stride}; a factor that is gathered must be contiguous (0 or {width})"
                     );
                 }
             }
@@ -181,7 +181,7 @@ pub unsafe extern "C" fn forge_linear_backward(
             let dx = check.output("dx", &b.dx, x_rows as u64 * cols, dtype)?;
             let dbias = check.output("dbias", &b.dbias, rows, dtype)?;
 
-            let needed = shape.workspace_bytes(tokens, dtype) as u64;
+            let needed = linear.workspace_bytes(tokens) as u64;
             if b.workspace.bytes < needed {
                 bail!(
                     FORGE_ERROR_BUFFER_SIZE,
@@ -217,6 +217,13 @@ pub unsafe extern "C" fn forge_linear_backward(
                     }
                 }
                 forge_backward_mode::FORGE_BACKWARD_KEEP => {
+                    if linear.data_parallel.is_some() && !linear.exchanges(tokens) {
+                        bail!(
+                            FORGE_ERROR_UNSUPPORTED,
+                            "mode: FORGE_BACKWARD_KEEP keeps exchanged factors, but dW of {tokens} tokens is reduced \
+                             in panels; use FORGE_BACKWARD_ACCUMULATE, or FORGE_REDUCTION_EXCHANGE"
+                        );
+                    }
                     Mode::Keep { norm: b.device_norm.cast() }
                 }
             };
@@ -350,7 +357,7 @@ pub unsafe extern "C" fn forge_linear_update(
     })
 }
 
-/// `accumulator += Σ dYᵀX` over all segments; fp32 [out_local, in_local]. The caller zeroes it before a step's
+/// `accumulator += Σ dYᵀX` over all segments; fp32 [out_owned, in_local]. The caller zeroes it before a step's
 /// first micro-batch.
 ///
 /// # Safety
@@ -480,6 +487,36 @@ pub unsafe extern "C" fn forge_linear_norm_async(
     boundary(|| unsafe { norm(call, device_out, true) })
 }
 
+/// Starts to gather W from the data-parallel ranks, each of which has written the rows that it owns: an import does
+/// not do so by itself, as an update does. forge_comm_wait comes before W is read. Nothing where one rank has all rows.
+///
+/// Written: `weight`, of the layout's size.
+///
+/// Errors: FORGE_ERROR_COLLECTIVE.
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_gather_weight(
+    linear: *const forge_linear,
+    weight: forge_buffer,
+    stream: *mut c_void,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let forge_linear { linear, layout } = handle("linear", linear)?;
+            let stream = Stream(stream);
+            linear.backend.check_stream(stream)?;
+            let mut check = Checker::new(&*linear.backend);
+            let data = weight.data.cast::<u8>();
+            check.array("weight", data, weight.bytes, &layout.weight, true)?;
+            check.finish()?;
+            linear.gather_weight(data, stream)
+        }
+    })
+}
+
 /// Checks and runs an export (`out` written) or an import.
 ///
 /// # Safety
@@ -523,7 +560,7 @@ fn state_image(index: u32) -> impl FnOnce(&Linear) -> Result<Image> {
     }
 }
 
-/// Writes the master weight as fp32 [out_local, in_local].
+/// Writes the master weight as fp32 [out_owned, in_local].
 ///
 /// # Safety
 /// As forge_linear_backward.
@@ -540,7 +577,7 @@ pub unsafe extern "C" fn forge_linear_export_weight(
     })
 }
 
-/// Reads the master weight from fp32 [out_local, in_local], rounding to nearest.
+/// Reads the master weight from fp32 [out_owned, in_local], rounding to nearest.
 ///
 /// # Safety
 /// As forge_linear_backward.
@@ -556,7 +593,7 @@ pub unsafe extern "C" fn forge_linear_import_weight(
     boundary(|| unsafe { image(linear, parameter, |_| Ok(Image::Weight), fp32, false, stream) })
 }
 
-/// Writes state `index` as fp32 [out_local, in_local].
+/// Writes state `index` as fp32 [out_owned, in_local].
 ///
 /// # Safety
 /// As forge_linear_backward.
@@ -574,7 +611,7 @@ pub unsafe extern "C" fn forge_linear_export_state(
     })
 }
 
-/// Reads state `index` from fp32 [out_local, in_local], rounding to nearest.
+/// Reads state `index` from fp32 [out_owned, in_local], rounding to nearest.
 ///
 /// # Safety
 /// As forge_linear_backward.

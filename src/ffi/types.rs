@@ -160,7 +160,7 @@ pub struct forge_host_collectives {
     pub reserved: u32,
     /// First argument of every callback.
     pub user: *mut c_void,
-    /// recv = every rank's send, in order of rank.
+    /// recv = every rank's send, in order of rank. Of a data-parallel linear's W send is this rank's part of recv.
     pub all_gather: Option<
         unsafe extern "C" fn(
             user: *mut c_void,
@@ -186,6 +186,17 @@ pub struct forge_host_collectives {
     >,
     /// May be NULL where the others return only when they are done.
     pub wait: Option<unsafe extern "C" fn(user: *mut c_void) -> i32>,
+    /// recv = of every rank's send, in order of rank, the part that is for this one; send has a part of `count`
+    /// for each. NULL where no linear is data parallel.
+    pub all_to_all: Option<
+        unsafe extern "C" fn(
+            user: *mut c_void,
+            send: *const c_void,
+            recv: *mut c_void,
+            count: u64,
+            dtype: u32,
+        ) -> i32,
+    >,
 }
 
 /// What a linear is made of: Y[tokens, out] = X[tokens, in] · W[out, in]ᵀ.
@@ -256,13 +267,18 @@ pub struct forge_layout {
     pub row_offset: u64,
     /// First column of W here.
     pub col_offset: u64,
-    /// The model weight.
+    /// Rows of W that this rank updates: all that it has, but for data parallelism, where `weight_extra`, states,
+    /// scales and accumulator are of these rows alone.
+    pub out_owned: u64,
+    /// First of them among the rows here.
+    pub owned_offset: u64,
+    /// The model weight, [out_local, in_local].
     pub weight: forge_array_layout,
     /// Master weight or lower halves.
     pub weight_extra: forge_array_layout,
     /// States.
     pub states: [forge_array_layout; 3],
-    /// Scales of q8 states, [ceil(in_local / 128), out_local].
+    /// Scales of q8 states, [ceil(in_local / 128), out_owned].
     pub scales: [forge_array_layout; 3],
     /// Buffer of the schedule `accumulate`.
     pub accumulator: forge_array_layout,
@@ -286,11 +302,12 @@ pub struct forge_parameter {
     pub scales: [forge_buffer; 3],
 }
 
-/// The factors of one micro-batch, as the shard of W needs them (after gathering).
+/// The factors of one micro-batch, as the owned rows of W need them: after gathering, and where the linear is data
+/// parallel after the exchange, of the tokens of all its ranks.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct forge_segment {
-    /// [tokens, out_local].
+    /// [tokens, out_owned].
     pub dy: forge_const_buffer,
     /// [tokens, in_local].
     pub x: forge_const_buffer,
@@ -363,7 +380,7 @@ pub struct forge_nccl_config {
     pub id: [u8; 128],
 }
 
-/// One backward. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
+/// One backward. All data-parallel ranks have the same tokens. Column parallel with SP: x and dx have tokens/ranks rows; row parallel with SP: dy
 /// has tokens/ranks rows. dx and dbias may have data NULL: not wanted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -380,15 +397,18 @@ pub struct forge_backward {
     pub x: forge_const_buffer,
     /// Elements from one row of dy to the next; 0: contiguous, as it must be under row parallel SP.
     pub dy_stride: u64,
-    /// Elements from one row of x to the next; 0: contiguous, as it must be under column parallel SP.
+    /// Elements from one row of x to the next; 0: contiguous, as it must be under column parallel SP and with data
+    /// parallelism.
     pub x_stride: u64,
     /// [tokens, in_local], contiguous, factor_dtype.
     pub dx: forge_buffer,
     /// `[out_local]`, factor_dtype.
     pub dbias: forge_buffer,
-    /// forge_linear_workspace bytes. With SP the gathered factor is left at its start.
+    /// forge_linear_workspace bytes. With SP the gathered factor is left at its start. With data parallelism the
+    /// exchanged factors are: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY
+    /// [tokens of all ranks, out_owned].
     pub workspace: forge_buffer,
-    /// fp32 [out_local, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
+    /// fp32 [out_owned, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
     /// (data NULL: none).
     pub accumulator: forge_buffer,
     /// The parameter; KEEP and ACCUMULATE read `weight` alone, and only for dx.
@@ -412,7 +432,7 @@ pub struct forge_update {
     pub n_segments: u32,
     /// In the order in which they are summed.
     pub segments: *const forge_segment,
-    /// fp32 [out_local, in_local], added to dW; data NULL: none. Without segments it is the gradient, and may
+    /// fp32 [out_owned, in_local], added to dW; data NULL: none. Without segments it is the gradient, and may
     /// also be of factor_dtype: its bytes tell.
     pub accumulator: forge_const_buffer,
     /// The parameter.
@@ -467,8 +487,14 @@ pub struct forge_plan {
     pub factor_bytes: u64,
     /// Of the accumulator.
     pub accumulator_bytes: u64,
-    /// What a stock fp32 gradient takes.
+    /// What a stock fp32 gradient of the owned rows takes.
     pub gradient_bytes: u64,
+    /// Received to sum dW of a micro-batch over data-parallel ranks; W is gathered besides.
+    pub wire_bytes: u64,
+    /// A forge_reduction, AUTO where nothing is summed.
+    pub reduction: u32,
+    /// 0.
+    pub reserved: u32,
     /// One sentence, NUL-terminated.
     pub reason: [c_char; 256],
 }

@@ -27,14 +27,16 @@ pub struct GroupUpdate<'a> {
 /// As [`Linear::update`], of each; none writes what another reads or writes.
 pub unsafe fn update_group(updates: &[GroupUpdate], stream: Stream) -> Result<Vec<Option<Report>>> {
     let Some(first) = updates.first() else { return Ok(Vec::new()) };
+    let own: Vec<_> =
+        updates.iter().map(|u| (u.linear.shape.owned(), u.linear.own(&u.arrays))).collect();
     let mut entries = Vec::with_capacity(updates.len());
-    for u in updates {
+    for (u, (shard, arrays)) in updates.iter().zip(&own) {
         entries.push(GroupEntry {
             scheme: &u.linear.scheme,
-            shard: &u.linear.shape.shard,
+            shard,
             factors: &u.factors,
             accumulator: u.accumulator,
-            arrays: &u.arrays,
+            arrays,
             step: &u.step,
             device_report: u.device_report,
         });
@@ -43,6 +45,8 @@ pub unsafe fn update_group(updates: &[GroupUpdate], stream: Stream) -> Result<Ve
     let reports = unsafe { first.linear.backend.update_group(&entries, stream)? };
     for (update, report) in updates.iter().zip(&reports) {
         update.linear.warn_of(*report);
+        // SAFETY: as promised by the caller.
+        unsafe { update.linear.gather_weight(update.arrays.weight, stream)? };
     }
     Ok(reports)
 }

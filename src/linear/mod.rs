@@ -1,9 +1,11 @@
 //! One sharded linear layer, and the order of events of its backward.
 
+mod data_parallel;
 mod group;
 mod plan;
 mod shape;
 
+pub use data_parallel::{DataParallel, ExchangePlaces, Reduction};
 pub use group::{GroupUpdate, update_group};
 pub use plan::{Plan, PlanRequest, Schedule};
 pub use shape::{ArrayLayout, Layout, Parallel, Shape};
@@ -27,6 +29,8 @@ pub struct Linear {
     pub shape: Shape,
     /// Formats and rule.
     pub scheme: Scheme,
+    /// With whom it shares out tokens and the rows that are updated; None where nobody else has this shard.
+    pub data_parallel: Option<DataParallel>,
 }
 
 /// What a backward does with dW.
@@ -93,37 +97,57 @@ impl Linear {
     /// | row | dX = dY·W | |
     /// | row + SP | all-gather dY, dX = dY·W | |
     ///
+    /// With data parallelism factors are exchanged beside dX and its reduction, or panels of dW reduced after it;
+    /// after an update W is gathered, which nobody waits for here.
+    ///
     /// # Safety
     /// All pointers are valid for the shapes, and those written overlap no other.
     pub unsafe fn backward(&self, b: &Backward) -> Result<Told> {
-        let Self { backend, comm, shape, scheme } = self;
+        let Self { backend, comm, shape, scheme, .. } = self;
         let (shard, dtype) = (&shape.shard, scheme.factor_dtype);
         let local_tokens = shape.local_tokens(b.tokens);
         let mut factors = Factors { dy: b.dy, x: b.x, tokens: b.tokens };
-        let mut reduced_dx = b.workspace;
+        let replicas = self.data_parallel.as_ref().filter(|_| b.tokens > 0);
+        let exchange = replicas.filter(|_| self.exchanges(b.tokens));
+        let what = (shape, dtype);
+        let reduced = self
+            .data_parallel
+            .as_ref()
+            .map_or(0, |r| shape.reduction_bytes(r.reduction, b.tokens, dtype));
 
-        // SAFETY: sizes were checked against `Shape::workspace_bytes` and the layouts; operations on
+        // SAFETY: sizes were checked against `Linear::workspace_bytes` and the layouts; operations on
         // one buffer are ordered by `wait`.
         unsafe {
+            let gathered_at = b.workspace.add(reduced);
+            let mut reduced_dx = gathered_at;
             // 1. Start the gather; only a row-parallel dX needs it at once. Without tokens there is
             //    nothing to communicate, on any rank: they agree on the count.
             let gathered = shape.gathered_features().filter(|_| b.tokens > 0);
+            let mut x_is_whole = true;
             if let Some((features, gathers_x)) = gathered {
                 let source = if gathers_x { b.x } else { b.dy };
                 comm.all_gather(
                     source.data,
-                    b.workspace,
+                    gathered_at,
                     local_tokens * features,
                     dtype,
                     b.stream,
                 )?;
-                let gathered = Matrix { data: b.workspace, stride: features };
+                let gathered = Matrix { data: gathered_at, stride: features };
                 if gathers_x {
                     factors.x = gathered;
-                    reduced_dx = b.workspace.add(shape.gathered_bytes(b.tokens, dtype));
+                    reduced_dx = gathered_at.add(shape.gathered_bytes(b.tokens, dtype));
+                    x_is_whole = false;
                 } else {
                     factors.dy = gathered;
                     comm.wait(b.stream)?;
+                }
+            }
+            if let Some(replicas) = exchange {
+                let (dy, to) = (factors.dy, b.workspace);
+                replicas.send_dy(&**backend, what, b.tokens, dy, to, b.stream)?;
+                if x_is_whole {
+                    replicas.gather_x(what, b.tokens, factors.x, to, b.stream)?;
                 }
             }
             // 2. dX with W as it was, and its reduction; both before W changes, so that a failed
@@ -141,20 +165,37 @@ impl Linear {
             } else {
                 comm.wait(b.stream)?;
             }
+            if let Some(replicas) = exchange.filter(|_| !x_is_whole) {
+                replicas.gather_x(what, b.tokens, factors.x, b.workspace, b.stream)?;
+            }
             if let Some(dbias) = b.dbias {
                 backend.bias_grad(scheme, shard, b.tokens, factors.dy, dbias, b.stream)?;
             }
             // 3. dW, beside the reduction of dX.
+            if let Some(replicas) = exchange {
+                factors = replicas.received(what, b.tokens, b.workspace, b.stream)?;
+            } else if self.data_parallel.is_some() && b.tokens == 0 {
+                factors = Factors { tokens: 0, ..factors };
+            }
+            let panels = replicas.filter(|_| exchange.is_none());
             let mut told = Told::default();
             match b.mode {
                 Mode::Update { step, accumulator } => {
                     let (arrays, deliver) = (&b.arrays, b.deliver);
-                    told.report =
-                        self.update(&[factors], accumulator, arrays, &step, deliver, b.stream)?;
+                    let sum = match panels {
+                        Some(replicas) => Some(self.reduce(replicas, factors, accumulator, b)?),
+                        None => accumulator,
+                    };
+                    let own = [factors];
+                    let left = if panels.is_some() { &own[..0] } else { &own[..] };
+                    told.report = self.update(left, sum, arrays, &step, deliver, b.stream)?;
                 }
-                Mode::Accumulate(buffer) => {
-                    backend.accumulate(scheme, shard, &[factors], buffer, b.stream)?;
-                }
+                Mode::Accumulate(buffer) => match panels {
+                    Some(replicas) => {
+                        self.reduce(replicas, factors, Some(buffer), b)?;
+                    }
+                    None => self.accumulate(&[factors], buffer, b.stream)?,
+                },
                 Mode::Keep { norm } if !norm.is_null() => {
                     let deliver = Deliver { host: false, device: norm };
                     told.norm = self.norm(&[factors], None, NormMethod::Auto, deliver, b.stream)?;
@@ -164,6 +205,51 @@ impl Linear {
             comm.wait(b.stream)?;
             Ok(told)
         }
+    }
+
+    /// dW of the owned rows, summed over the ranks by panels; in the accumulator where the mode is to write it.
+    ///
+    /// # Safety
+    /// As [`Linear::backward`].
+    unsafe fn reduce(
+        &self,
+        replicas: &DataParallel,
+        factors: Factors,
+        accumulator: Option<Accumulator>,
+        b: &Backward,
+    ) -> Result<Accumulator> {
+        let writes = matches!(b.mode, Mode::Accumulate(_));
+        // SAFETY: as promised by the caller.
+        unsafe {
+            replicas.reduce_panels(
+                &*self.backend,
+                &self.scheme,
+                &self.shape,
+                factors,
+                accumulator,
+                writes,
+                b.workspace,
+                b.stream,
+            )
+        }
+    }
+
+    /// Whether a backward of this many tokens exchanges factors.
+    pub fn exchanges(&self, tokens: usize) -> bool {
+        self.data_parallel.as_ref().is_some_and(|replicas| {
+            let dtype = self.scheme.factor_dtype;
+            replicas.reduction.choose(&self.shape, tokens, dtype) == Reduction::Exchange
+        })
+    }
+
+    /// Bytes that a backward of this many tokens needs beside its buffers.
+    pub fn workspace_bytes(&self, tokens: usize) -> usize {
+        let dtype = self.scheme.factor_dtype;
+        let reduced = self
+            .data_parallel
+            .as_ref()
+            .map_or(0, |r| self.shape.reduction_bytes(r.reduction, tokens, dtype));
+        reduced + self.shape.workspace_bytes(tokens, dtype)
     }
 
     /// The fused update over the tokens of all segments.
@@ -179,11 +265,14 @@ impl Linear {
         deliver: Deliver,
         stream: Stream,
     ) -> Result<Option<Report>> {
-        let Self { backend, shape, scheme, .. } = self;
-        let shard = &shape.shard;
+        let Self { backend, scheme, .. } = self;
+        let (shard, own) = (&self.shape.owned(), &self.own(arrays));
         // SAFETY: as promised by the caller.
         let report = unsafe {
-            backend.update(scheme, shard, factors, accumulator, arrays, step, deliver, stream)?
+            let report =
+                backend.update(scheme, shard, factors, accumulator, own, step, deliver, stream)?;
+            self.gather_weight(arrays.weight, stream)?;
+            report
         };
         self.warn_of(report);
         Ok(report)
@@ -212,7 +301,7 @@ impl Linear {
         accumulator: Accumulator,
         stream: Stream,
     ) -> Result<()> {
-        let shard = &self.shape.shard;
+        let shard = &self.shape.owned();
         // SAFETY: as promised by the caller.
         unsafe { self.backend.accumulate(&self.scheme, shard, factors, accumulator, stream) }
     }
@@ -229,7 +318,7 @@ impl Linear {
         deliver: Deliver,
         stream: Stream,
     ) -> Result<Option<Norm>> {
-        let (scheme, shard) = (&self.scheme, &self.shape.shard);
+        let (scheme, shard) = (&self.scheme, &self.shape.owned());
         // SAFETY: as promised by the caller.
         unsafe { self.backend.norm(scheme, shard, factors, accumulator, method, deliver, stream) }
     }
@@ -262,7 +351,7 @@ impl Linear {
         out: *mut f32,
         stream: Stream,
     ) -> Result<()> {
-        let (scheme, shard) = (&self.scheme, &self.shape.shard);
+        let (scheme, shard, arrays) = (&self.scheme, &self.shape.owned(), &self.own(arrays));
         // SAFETY: as promised by the caller.
         unsafe { self.backend.export(scheme, shard, arrays, image, out, stream) }
     }
@@ -278,7 +367,7 @@ impl Linear {
         values: *const f32,
         stream: Stream,
     ) -> Result<()> {
-        let (scheme, shard) = (&self.scheme, &self.shape.shard);
+        let (scheme, shard, arrays) = (&self.scheme, &self.shape.owned(), &self.own(arrays));
         // SAFETY: as promised by the caller.
         unsafe { self.backend.import(scheme, shard, arrays, image, values, stream) }
     }

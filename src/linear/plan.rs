@@ -1,6 +1,6 @@
 //! Which schedule a layer gets, from bytes.
 
-use super::Linear;
+use super::{Linear, Reduction};
 use crate::error::{Result, bail};
 
 /// When the update happens.
@@ -41,6 +41,10 @@ pub struct Plan {
     pub accumulator_bytes: u64,
     /// What a stock fp32 gradient takes.
     pub gradient_bytes: u64,
+    /// How dW is summed over data-parallel ranks; None where there is one.
+    pub reduction: Option<Reduction>,
+    /// Received for that, in a micro-batch.
+    pub wire_bytes: u64,
     /// One sentence.
     pub reason: String,
 }
@@ -53,16 +57,18 @@ impl Linear {
         if micro_batches == 0 {
             bail!(FORGE_ERROR_SHAPE, "micro_batches: 0; a step has at least one");
         }
-        let shard = &self.shape.shard;
+        let shard = self.shape.owned();
         let gradient_bytes = (shard.rows * shard.cols * 4) as u64;
         let per_token = ((shard.rows + shard.cols) * self.scheme.factor_dtype.bytes()) as u64;
-        // u128: nothing bounds the number of micro-batches.
-        let one = u128::from(request.tokens_per_micro_batch) * u128::from(per_token);
+        let tokens = request.tokens_per_micro_batch;
+        let panels = self.data_parallel.is_some() && !self.exchanges(tokens as usize);
+        // u128: nothing bounds the number of micro-batches. Those of all data-parallel ranks are kept by each.
+        let one = u128::from(tokens) * self.shape.replicas as u128 * u128::from(per_token);
         let all = one * u128::from(micro_batches);
         let saturate = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
         let immediate_is_possible = micro_batches == 1 && !needs_norm;
         // The last micro-batch joins the update's own pass, unless its factors outgrow the buffer.
-        let last = if one <= u128::from(gradient_bytes) { one } else { 0 };
+        let last = if one <= u128::from(gradient_bytes) && !panels { one } else { 0 };
         let buffered = u128::from(gradient_bytes) + last;
 
         let (schedule, reason) = match request.schedule {
@@ -76,6 +82,16 @@ impl Linear {
             Schedule::Auto if immediate_is_possible => {
                 (Schedule::Immediate, "one micro-batch, no clipping: nothing is kept".to_string())
             }
+            Schedule::Deferred if panels => bail!(
+                FORGE_ERROR_UNSUPPORTED,
+                "schedule: 'deferred' keeps factors, and {tokens} tokens of a rank are too many to exchange them: \
+                 panels of dW are reduced; use 'accumulate' or 'auto', or FORGE_REDUCTION_EXCHANGE"
+            ),
+            Schedule::Auto if panels => (
+                Schedule::Accumulate,
+                "panels of dW are reduced over data-parallel ranks, each keeps the rows that it owns"
+                    .to_string(),
+            ),
             Schedule::Auto if all <= buffered => (
                 Schedule::Deferred,
                 format!("factors of the step ({all} B) are no more than a buffer ({buffered} B)"),
@@ -90,10 +106,26 @@ impl Linear {
             Schedule::Deferred => (saturate(all), 0),
             // The only micro-batch is the last one, and where its factors are kept nothing is left
             // for a buffer.
-            Schedule::Accumulate if micro_batches == 1 && last == one => (saturate(one), 0),
+            Schedule::Accumulate if micro_batches == 1 && last == one && !panels => {
+                (saturate(one), 0)
+            }
             Schedule::Accumulate => (saturate(last), gradient_bytes),
             _ => (0, 0),
         };
-        Ok(Plan { schedule, factor_bytes, accumulator_bytes, gradient_bytes, reason })
+        let replicas = self.data_parallel.as_ref();
+        let reduction =
+            replicas.map(|_| if panels { Reduction::Panels } else { Reduction::Exchange });
+        let wire_bytes = reduction.map_or(0, |reduction| {
+            reduction.wire_bytes(&self.shape, tokens as usize, self.scheme.factor_dtype)
+        });
+        Ok(Plan {
+            schedule,
+            factor_bytes,
+            accumulator_bytes,
+            gradient_bytes,
+            reduction,
+            wire_bytes,
+            reason,
+        })
     }
 }

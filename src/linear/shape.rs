@@ -29,6 +29,10 @@ pub struct Shape {
     pub reduce_dgrad: bool,
     /// Ranks that share W (1 for [`Parallel::None`]).
     pub ranks: usize,
+    /// This rank among those that have the same shard of W and other tokens.
+    pub replica: usize,
+    /// How many these are.
+    pub replicas: usize,
 }
 
 /// `a · b` where it fits 63 bits.
@@ -97,13 +101,15 @@ impl Shape {
                 shard.col_offset = rank * shard.cols as u64;
             }
         }
-        Ok(Self { shard, parallel, sequence_parallel, reduce_dgrad, ranks })
+        let (replica, replicas) = (0, 1);
+        Ok(Self { shard, parallel, sequence_parallel, reduce_dgrad, ranks, replica, replicas })
     }
 
     /// Refuses token counts whose products overflow.
     pub fn check_unsplit_tokens(&self, tokens: u64) -> Result<()> {
         let widest = self.shard.rows.max(self.shard.cols) as u64;
-        product("tokens * features", &[tokens, widest, 8, 2]).map(|_| ())
+        let all = product("tokens of all data-parallel ranks", &[tokens, self.replicas as u64])?;
+        product("tokens * features", &[all, widest, 8, 2]).map(|_| ())
     }
 
     /// As above, and those that ranks cannot share.
@@ -205,9 +211,9 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The arrays that a scheme needs for a shard.
-    pub fn new(scheme: &Scheme, shard: &Shard) -> Self {
-        let (rows, cols) = (shard.rows, shard.cols);
+    /// The arrays that a scheme needs: the weight of a shard, all else of the rows of it that are owned.
+    pub fn new(scheme: &Scheme, shard: &Shard, owned: &Shard) -> Self {
+        let (rows, cols) = (owned.rows, owned.cols);
         let mut states = [ArrayLayout::default(); MAX_STATES];
         let mut scales = states;
         for k in 0..scheme.n_states {
@@ -217,7 +223,7 @@ impl Layout {
             scales[k] = ArrayLayout::new(cols.div_ceil(BLOCK), rows, dtype);
         }
         Self {
-            weight: ArrayLayout::new(rows, cols, Some(scheme.weight_format.model_dtype())),
+            weight: ArrayLayout::new(shard.rows, cols, Some(scheme.weight_format.model_dtype())),
             extra: ArrayLayout::new(rows, cols, scheme.weight_format.extra_dtype()),
             states,
             scales,

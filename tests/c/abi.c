@@ -13,11 +13,11 @@ static void check_sizes(void) {
     HAS_SIZE(forge_buffer, 16);
     HAS_SIZE(forge_const_buffer, 16);
     HAS_SIZE(forge_context_config, 24);
-    HAS_SIZE(forge_host_collectives, 48);
+    HAS_SIZE(forge_host_collectives, 56);
     HAS_SIZE(forge_nccl_config, 144);
     HAS_SIZE(forge_linear_config, 80);
     HAS_SIZE(forge_array_layout, 32);
-    HAS_SIZE(forge_layout, 40 + 9 * 32);
+    HAS_SIZE(forge_layout, 56 + 9 * 32);
     HAS_SIZE(forge_parameter, 8 + 8 * 16);
     HAS_SIZE(forge_step_scalars, 24 + 16 * 8);
     HAS_SIZE(forge_step, 8 + 152 + 8);
@@ -27,7 +27,7 @@ static void check_sizes(void) {
     HAS_SIZE(forge_update, 16 + 16 + 3 * 8);
     HAS_SIZE(forge_norm, 24);
     HAS_SIZE(forge_plan_request, 24);
-    HAS_SIZE(forge_plan, 32 + 256);
+    HAS_SIZE(forge_plan, 48 + 256);
     HAS_SIZE(forge_rule_info, 24 + 3 * 8 + 16 * 8 + 16 * 8);
 }
 

@@ -190,14 +190,20 @@ impl Parameter {
         (parallel, rank, size): (Parallel, usize, usize),
     ) -> Self {
         let shape = Shape::new(out as u64, inn as u64, parallel, false, false, rank, size).unwrap();
-        let layout = Layout::new(&scheme, &shape.shard);
+        let (backend, comm) = (backend.clone(), Arc::new(Solo));
+        Self::of(Linear { backend, comm, shape, scheme, data_parallel: None })
+    }
+
+    /// The arrays of a linear.
+    pub fn of(linear: Linear) -> Self {
+        let layout = Layout::new(&linear.scheme, &linear.shape.shard, &linear.shape.owned());
         let zeros = |a: &ArrayLayout| vec![0u8; a.bytes()];
         Self {
             weight: zeros(&layout.weight),
             extra: zeros(&layout.extra),
             states: layout.states.each_ref().map(zeros),
             scales: layout.scales.each_ref().map(zeros),
-            linear: Linear { backend: backend.clone(), comm: Arc::new(Solo), shape, scheme },
+            linear,
         }
     }
 
@@ -225,7 +231,7 @@ impl Parameter {
     }
 
     pub fn export(&mut self, image: Image) -> Vec<f32> {
-        let shard = self.linear.shape.shard;
+        let shard = self.linear.shape.owned();
         let mut out = vec![0f32; shard.rows * shard.cols];
         let arrays = self.arrays();
         // SAFETY: as above.

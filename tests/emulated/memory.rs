@@ -104,7 +104,7 @@ pub struct Memory {
 
 impl Memory {
     pub fn zeros(scheme: &Scheme, shard: &Shard) -> Self {
-        let layout = Layout::new(scheme, shard);
+        let layout = Layout::new(scheme, shard, shard);
         let zeros = |a: &ArrayLayout| Guarded::zeros(a.bytes());
         Self {
             weight: zeros(&layout.weight),

@@ -232,3 +232,57 @@ EXPORT int ncclAllReduce(const void *send, void *recv, size_t count, int dtype, 
     note("ncclAllReduce", count, stream);
     return reduced(send, recv, 0, count, dtype, op, comm);
 }
+
+/* --- sends and receives, in one group of each thread --- */
+
+struct exchange {
+    const void *send[MOST];
+    void *recv[MOST];
+    size_t bytes[MOST];
+    struct comm *comm;
+    void *stream;
+    int open;
+};
+static __thread struct exchange exchange;
+
+EXPORT int ncclGroupStart(void) {
+    memset(&exchange, 0, sizeof exchange);
+    exchange.open = 1;
+    return SUCCESS;
+}
+
+EXPORT int ncclSend(const void *send, size_t count, int dtype, int peer, struct comm *comm,
+                    void *stream) {
+    (void)count, (void)dtype;
+    if (!exchange.open || peer >= comm->group->ranks)
+        return INVALID_ARGUMENT;
+    exchange.send[peer] = send;
+    exchange.comm = comm;
+    exchange.stream = stream;
+    return IN_PROGRESS;
+}
+
+EXPORT int ncclRecv(void *recv, size_t count, int dtype, int peer, struct comm *comm,
+                    void *stream) {
+    (void)stream;
+    if (!exchange.open || peer >= comm->group->ranks)
+        return INVALID_ARGUMENT;
+    exchange.recv[peer] = recv;
+    exchange.bytes[peer] = count * bytes_of(dtype);
+    return IN_PROGRESS;
+}
+
+EXPORT int ncclGroupEnd(void) {
+    struct comm *comm = exchange.comm;
+    if (!exchange.open || comm == NULL)
+        return INVALID_ARGUMENT;
+    exchange.open = 0;
+    note("ncclGroupEnd", exchange.bytes[0], exchange.stream);
+    struct group *group = meet(comm, exchange.send);
+    for (int peer = 0; peer < group->ranks; peer++) {
+        const void *const *sent = group->send[peer];
+        memcpy(exchange.recv[peer], sent[comm->rank], exchange.bytes[peer]);
+    }
+    part(group);
+    return IN_PROGRESS;
+}

@@ -5,10 +5,13 @@ use super::call::Pointer;
 use super::memory::{Guarded, Random};
 use super::mutate::Expected;
 use super::objects::{Out, call, wrong};
-use super::world::{Context, collectives, sized};
+use super::world::{Context, Failure, FakeRank, collectives, sized};
 use forge::error::forge_status::*;
 use forge::ffi::comm::*;
+use forge::ffi::linear::*;
+use forge::ffi::run::forge_linear_gather_weight;
 use forge::ffi::types::*;
+use std::cell::Cell;
 use std::ptr::null_mut;
 
 /// A communicator of one rank, or of the caller's own collectives.
@@ -127,4 +130,95 @@ pub fn nccl(context: &Context, random: &mut Random, tally: &mut Tally) {
         let none = wrong(FORGE_ERROR_NULL, "comm");
         tally.count(forge_comm_check(null_mut()), none.as_slice());
     }
+}
+
+/// Linears of which other ranks have W as well, and what is theirs alone.
+pub fn data_parallel(context: &Context, random: &mut Random, tally: &mut Tally, spoilt: bool) {
+    let size = 1 + random.below(4);
+    let (fail_after, failed) = (Cell::new(None), Cell::new(Failure::None));
+    let rank = FakeRank { rank: random.below(size), size, fail_after, failed };
+    let user = (&raw const rank).cast_mut().cast();
+    let mut host = collectives(user, random.percent(50));
+    let mut config = sized::<forge_linear_config>();
+    config.factor_dtype = 1;
+    (config.out_features, config.in_features) = (4 * size as u64, 3);
+    config.rule = c"adamw".as_ptr();
+    let mut reduction = random.below(3) as u32;
+    let mut out = Out::new::<*mut forge_linear>(null_mut());
+    let (mut solo, mut others) = (null_mut(), null_mut());
+    let mut lacks = false;
+    let expected = if !spoilt {
+        None
+    } else {
+        match random.below(5) {
+            0 => out.spoil(random, "out_linear"),
+            1 => {
+                reduction = random.pick(&[3, u32::MAX]);
+                wrong(FORGE_ERROR_ENUM, "reduction")
+            }
+            2 if size > 1 => {
+                config.out_features += 1;
+                wrong(FORGE_ERROR_SHARD, "out_features")
+            }
+            3 => {
+                host.all_to_all = None;
+                wrong(FORGE_ERROR_NULL, "all_to_all")
+            }
+            _ => {
+                lacks = true;
+                wrong(FORGE_ERROR_NULL, "data_parallel")
+            }
+        }
+    };
+    // SAFETY: structs and handles are live; the rank outlives the communicator.
+    unsafe {
+        assert_eq!(forge_comm_new_solo(context.0, &mut solo), FORGE_OK);
+        let (at, of) = (rank.rank as u32, size as u32);
+        assert_eq!(forge_comm_new_host(context.0, at, of, &host, &mut others), FORGE_OK);
+    }
+    let given = if lacks { null_mut() } else { others };
+    // SAFETY: as above.
+    let status = call(tally, expected, &out, || unsafe {
+        forge_linear_new_data_parallel(context.0, solo, given, reduction, &config, out.ptr())
+    });
+    if status == FORGE_OK {
+        let linear: *mut forge_linear = out.memory.read();
+        gather(linear, size, random, tally);
+        // SAFETY: just made.
+        unsafe { forge_linear_free(linear) };
+    }
+    // SAFETY: live handles, freed once.
+    unsafe {
+        tally.count(forge_comm_wait(others, null_mut()), &[]);
+        let none = wrong(FORGE_ERROR_NULL, "comm");
+        tally.count(forge_comm_wait(null_mut(), null_mut()), none.as_slice());
+        forge_comm_free(others);
+        forge_comm_free(solo);
+    }
+}
+
+/// W of `4 · size` rows of 3 is gathered: the fake peers have what this rank has.
+fn gather(linear: *mut forge_linear, size: usize, random: &mut Random, tally: &mut Tally) {
+    let mut layout = sized::<forge_layout>();
+    // SAFETY: live.
+    assert_eq!(unsafe { forge_linear_layout(linear, &mut layout) }, FORGE_OK);
+    assert_eq!((layout.out_local, layout.out_owned), (4 * size as u64, 4));
+    assert_eq!(layout.states[0].rows, 4);
+    let weight = Guarded::new(layout.weight.bytes as usize);
+    let mut buffer = forge_buffer { data: weight.ptr().cast(), bytes: layout.weight.bytes };
+    let expected = match random.below(4) {
+        0 => {
+            buffer.data = null_mut();
+            wrong(FORGE_ERROR_NULL, "weight")
+        }
+        1 => {
+            buffer.bytes -= 4;
+            wrong(FORGE_ERROR_BUFFER_SIZE, "weight")
+        }
+        _ => None,
+    };
+    // SAFETY: the buffer has the size that it says.
+    let status = unsafe { forge_linear_gather_weight(linear, buffer, null_mut()) };
+    tally.count(status, expected.as_slice());
+    assert!(weight.guards_are_intact());
 }

@@ -66,7 +66,8 @@ pub fn call(
 /// One random call.
 pub fn random_call(contexts: &[Context], world: &World, random: &mut Random, tally: &mut Tally) {
     let spoilt = random.percent(60);
-    match random.below(13) {
+    match random.below(14) {
+        13 => communicators::data_parallel(&contexts[0], random, tally, spoilt),
         12 => communicators::nccl(&contexts[0], random, tally),
         10 => workspace(&contexts[0], random, tally, spoilt),
         11 => texts(random),

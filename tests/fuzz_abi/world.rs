@@ -147,6 +147,21 @@ unsafe extern "C" fn all_reduce(
     }
 }
 
+unsafe extern "C" fn all_to_all(
+    user: *mut c_void,
+    send: *const c_void,
+    recv: *mut c_void,
+    count: u64,
+    dtype: u32,
+) -> i32 {
+    // SAFETY: as above. The peers send what this rank does.
+    unsafe {
+        let (this, bytes) = called(user, count, dtype);
+        recv.cast::<u8>().copy_from(send.cast(), this.size * bytes);
+        i32::from(this.fails(Failure::Collective))
+    }
+}
+
 unsafe extern "C" fn wait(user: *mut c_void) -> i32 {
     // SAFETY: as above.
     i32::from(unsafe { &*user.cast::<FakeRank>() }.fails(Failure::Wait))
@@ -161,6 +176,7 @@ pub fn collectives(user: *mut c_void, with_wait: bool) -> forge_host_collectives
         reduce_scatter: Some(reduce_scatter),
         all_reduce: Some(all_reduce),
         wait: with_wait.then_some(wait),
+        all_to_all: Some(all_to_all),
     }
 }
 

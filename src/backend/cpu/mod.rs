@@ -454,6 +454,38 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    unsafe fn copy(
+        &self,
+        from: Matrix,
+        (rows, cols): (usize, usize),
+        dtype: Dtype,
+        to: *mut u8,
+        _stream: Stream,
+    ) -> Result<()> {
+        let element = dtype.bytes();
+        let (source, pitch) = (Shared(from.data.cast_mut()), from.stride * element);
+        let to = Shared(to);
+        // Rows enough for a thread to be worth its while.
+        let height = (tile::MAX_TILE * tile::MAX_TILE).div_ceil(cols.max(1));
+        self.for_each(rows.div_ceil(height), |index, _| {
+            for row in index * height..rows.min((index + 1) * height) {
+                // SAFETY: as promised by the caller; rows are disjoint.
+                unsafe {
+                    let source = source.get().add(row * pitch).cast_const();
+                    let target = to.get().add(row * cols * element);
+                    source.copy_to_nonoverlapping(target, cols * element);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    unsafe fn zero(&self, to: *mut u8, bytes: usize, _stream: Stream) -> Result<()> {
+        // SAFETY: as promised by the caller.
+        unsafe { to.write_bytes(0, bytes) };
+        Ok(())
+    }
+
     unsafe fn export(
         &self,
         scheme: &Scheme,

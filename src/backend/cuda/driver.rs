@@ -221,12 +221,65 @@ pub unsafe fn launch(
 /// # Safety
 /// The context is current; the memory is valid for writes of `bytes` and not in use.
 pub unsafe fn zero(target: DevicePtr, bytes: u64) -> Result<()> {
-    let default = std::ptr::null_mut();
     // SAFETY: as promised by the caller.
     unsafe {
-        let set = sys::cuMemsetD8Async(target, 0, bytes as usize, default);
-        check("cuMemsetD8Async", set)?;
-        check("cuStreamSynchronize", sys::cuStreamSynchronize(default))
+        set_zero(target, bytes as usize, Stream::NULL)?;
+        check("cuStreamSynchronize", sys::cuStreamSynchronize(Stream::NULL.0.cast()))
+    }
+}
+
+/// Enqueues the writing of zeros.
+///
+/// # Safety
+/// As [`zero`], when the work runs.
+pub unsafe fn set_zero(target: DevicePtr, bytes: usize, stream: Stream) -> Result<()> {
+    // SAFETY: as promised by the caller.
+    check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(target, 0, bytes, stream.0.cast()) })
+}
+
+/// Enqueues a copy of `rows` rows of `row_bytes`, `pitch` bytes apart, to where they are contiguous.
+///
+/// # Safety
+/// The context is current; both are valid, and apart, when the work runs.
+pub unsafe fn copy(
+    source: DevicePtr,
+    pitch: usize,
+    target: DevicePtr,
+    (rows, row_bytes): (usize, usize),
+    stream: Stream,
+) -> Result<()> {
+    if rows == 0 || row_bytes == 0 {
+        return Ok(());
+    }
+    let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+    // One row may be wider than the pitch of a copy in two dimensions, which has a limit.
+    let contiguous = pitch == row_bytes || rows == 1;
+    // SAFETY: as promised by the caller; the struct is live, and what it does not use is null.
+    unsafe {
+        if contiguous {
+            let bytes = rows * row_bytes;
+            let result = sys::cuMemcpyDtoDAsync_v2(target, source, bytes, stream.0.cast());
+            return check("cuMemcpyDtoDAsync", result);
+        }
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: device,
+            srcHost: std::ptr::null(),
+            srcDevice: source,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: device,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: target,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: row_bytes,
+            WidthInBytes: row_bytes,
+            Height: rows,
+        };
+        check("cuMemcpy2DAsync", sys::cuMemcpy2DAsync_v2(&copy, stream.0.cast()))
     }
 }
 

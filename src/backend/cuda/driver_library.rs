@@ -14,7 +14,7 @@ const OLDEST: i32 = 12010;
 const FIRST: [&str; 4] = ["cuDriverGetVersion", "cuInit", "cuGetErrorName", "cuGetErrorString"];
 
 /// All others that this backend calls, itself or through cudarc's context.
-const OTHERS: [&str; 29] = [
+const OTHERS: [&str; 31] = [
     "cuCtxGetCurrent",
     "cuCtxGetStreamPriorityRange",
     "cuCtxPopCurrent_v2",
@@ -33,6 +33,8 @@ const OTHERS: [&str; 29] = [
     "cuEventRecord",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
+    "cuMemcpy2DAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemsetD8Async",
     "cuModuleGetFunction",

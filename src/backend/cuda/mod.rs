@@ -502,6 +502,27 @@ impl Backend for Cuda {
         unsafe { reduce::bias(&self.gpu, scheme, shard.rows, tokens, dy, dbias, stream) }
     }
 
+    unsafe fn copy(
+        &self,
+        from: Matrix,
+        (rows, cols): (usize, usize),
+        dtype: Dtype,
+        to: *mut u8,
+        stream: Stream,
+    ) -> Result<()> {
+        let _entered = self.gpu.device.enter()?;
+        let element = dtype.bytes();
+        let (source, pitch) = (from.data as DevicePtr, from.stride * element);
+        // SAFETY: as promised by the caller.
+        unsafe { driver::copy(source, pitch, to as DevicePtr, (rows, cols * element), stream) }
+    }
+
+    unsafe fn zero(&self, to: *mut u8, bytes: usize, stream: Stream) -> Result<()> {
+        let _entered = self.gpu.device.enter()?;
+        // SAFETY: as promised by the caller.
+        unsafe { driver::set_zero(to as DevicePtr, bytes, stream) }
+    }
+
     unsafe fn export(
         &self,
         scheme: &Scheme,

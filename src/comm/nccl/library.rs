@@ -51,6 +51,12 @@ pub type Reduce = unsafe extern "C" fn(
     Handle,
     *mut c_void,
 ) -> c_int;
+/// `(send, count, type, peer, communicator, stream)`.
+pub type SendTo =
+    unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int;
+/// `(recv, count, type, peer, communicator, stream)`.
+pub type ReceiveFrom =
+    unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int;
 type OfComm = unsafe extern "C" fn(Handle) -> c_int;
 type IntOfComm = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
 
@@ -74,6 +80,14 @@ pub struct Nccl {
     pub reduce_scatter: Reduce,
     /// `ncclAllReduce`.
     pub all_reduce: Reduce,
+    /// `ncclSend`.
+    pub send: SendTo,
+    /// `ncclRecv`.
+    pub recv: ReceiveFrom,
+    /// `ncclGroupStart`.
+    pub group_start: unsafe extern "C" fn() -> c_int,
+    /// `ncclGroupEnd`.
+    pub group_end: unsafe extern "C" fn() -> c_int,
     error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     last_error: unsafe extern "C" fn(Handle) -> *const c_char,
     _library: Library,
@@ -150,6 +164,10 @@ impl Nccl {
                 all_gather: symbol(&library, &path, "ncclAllGather")?,
                 reduce_scatter: symbol(&library, &path, "ncclReduceScatter")?,
                 all_reduce: symbol(&library, &path, "ncclAllReduce")?,
+                send: symbol(&library, &path, "ncclSend")?,
+                recv: symbol(&library, &path, "ncclRecv")?,
+                group_start: symbol(&library, &path, "ncclGroupStart")?,
+                group_end: symbol(&library, &path, "ncclGroupEnd")?,
                 error_string: symbol(&library, &path, "ncclGetErrorString")?,
                 last_error: symbol(&library, &path, "ncclGetLastError")?,
                 path,

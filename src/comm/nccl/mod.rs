@@ -232,6 +232,35 @@ impl Comm for NcclComm {
         })
     }
 
+    unsafe fn all_to_all(
+        &self,
+        send: *const u8,
+        recv: *mut u8,
+        count: usize,
+        dtype: Dtype,
+        stream: Stream,
+    ) -> Result<()> {
+        let (on, size, bytes) = (self.side.handle(), self.size, count * dtype.bytes());
+        let dtype = number(dtype)?;
+        // SAFETY: as above; a group of sends and receives is one operation.
+        self.enqueue("ncclSend and ncclRecv", stream, |nccl, comm| unsafe {
+            let mut first = (nccl.group_start)();
+            for peer in 0..size {
+                let (from, to) = (send.add(peer * bytes).cast(), recv.add(peer * bytes).cast());
+                for result in [
+                    (nccl.send)(from, count, dtype, peer as c_int, comm, on),
+                    (nccl.recv)(to, count, dtype, peer as c_int, comm, on),
+                ] {
+                    if first == 0 || first == IN_PROGRESS {
+                        first = result;
+                    }
+                }
+            }
+            let end = (nccl.group_end)();
+            if first == 0 || first == IN_PROGRESS { end } else { first }
+        })
+    }
+
     unsafe fn all_reduce(
         &self,
         buffer: *mut u8,
