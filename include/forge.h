@@ -358,6 +358,27 @@ typedef uint32_t forge_schedule;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// How dW is summed over data-parallel ranks.
+enum forge_reduction
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // In a request: by the one that moves fewer bytes, which depends on the tokens. In a plan: nothing is summed.
+  FORGE_REDUCTION_AUTO = 0,
+  // X is gathered, dY is sent to the owners of its columns; the kernel sums over the tokens of all ranks.
+  FORGE_REDUCTION_EXCHANGE = 1,
+  // Row panels of dW, fp32, are reduced and scattered.
+  FORGE_REDUCTION_PANELS = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum forge_reduction forge_reduction;
+#else
+typedef uint32_t forge_reduction;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // A communicator. Opaque.
 typedef struct forge_comm forge_comm;
 

@@ -28,6 +28,7 @@ from .native import (
     HostComm,
     Linear,
     LinearSpec,
+    NcclComm,
     version,
 )
 from .optimizer import FusedOptimizer
@@ -83,6 +84,7 @@ __all__ = [
     "LinearSpec",
     "Lion",
     "NAdam",
+    "NcclComm",
     "RAdam",
     "RMSprop",
     "Row",

@@ -25,6 +25,7 @@ from ._structs import (
 from ._tensors import as_factor, fill_buffer, fill_matrix, require_device
 from ._types import (
     NORM_METHODS,
+    REDUCTIONS,
     SCHEDULES,
     BackwardResult,
     Layout,
@@ -40,6 +41,11 @@ from ._types import (
 from .rules import hyper_values, rule_flags, rule_info
 
 _NAME_OF_SCHEDULE = {number: name for name, number in SCHEDULES.items()}
+_NAME_OF_REDUCTION = {number: name for name, number in REDUCTIONS.items()}
+_ALIGNMENT = 256
+"""Of what the library leaves in a workspace."""
+_KEPT_SHARE = 0.7
+"""Of a workspace's bytes: with fewer of use, what is kept is copied out of it."""
 _MODES = {
     "update": lib.FORGE_BACKWARD_UPDATE,
     "accumulate": lib.FORGE_BACKWARD_ACCUMULATE,
@@ -75,9 +81,13 @@ class Linear:
         context: the backend; that of ``comm``, else the process' own of ``device``, where None.
         comm: the tensor-parallel group; one rank alone where None.
         device: where its tensors are; the context's where None.
+        data_parallel: the ranks that have the same W and other tokens; None: no others. This rank
+            then updates the rows that it owns over the tokens of all.
+        reduction: one of :data:`REDUCTIONS`: how dW is summed over them.
 
     Attributes:
         device: where every tensor of every call must be.
+        owned: the rows of the weight that this rank updates, as a slice.
 
     Raises:
         ForgeArgumentError: a combination that the library does not support, or shards that do not
@@ -94,6 +104,8 @@ class Linear:
         context: Context | None = None,
         comm: Comm | None = None,
         device: torch.device | str | None = None,
+        data_parallel: Comm | None = None,
+        reduction: str = "auto",
     ) -> None:
         """Make the layer; no tensor is allocated."""
         self.spec, self.name = spec, name
@@ -111,12 +123,23 @@ class Linear:
         self.rule = rule_info(spec.rule.name, self.flags)
         config, _rule_name = linear_config(spec, name)
         out = ffi.new("forge_linear **")
+        self.data_parallel, self.reduction = data_parallel, reduction
+        sums = choice(REDUCTIONS, "reduction", reduction)
         with self.context.current():
-            made = lib.forge_linear_new(self.context.handle, self.comm.handle, config, out)
+            handles = (self.context.handle, self.comm.handle)
+            if data_parallel is None:
+                made = lib.forge_linear_new(*handles, config, out)
+            else:
+                others = data_parallel.handle
+                made = lib.forge_linear_new_data_parallel(*handles, others, sums, config, out)
             check(made, name)
         self.handle = ffi.gc(out[0], lib.forge_linear_free)
         self.state_formats = tuple(spec.formats_of(len(self.rule.state_names)))
         self.layout = self._layout()
+        first = self.layout.owned_offset
+        self.owned = slice(first, first + self.layout.out_owned)
+        # Of the exchanged factors of so many tokens.
+        self._plans: dict[int, Plan] = {}
         # Column gathers X, so dY has every token; row gathers dY, so X has.
         gathers = spec.sequence_parallel and self.comm.size > 1
         self._gathers_x = gathers and spec.parallel == "column"
@@ -159,8 +182,32 @@ class Linear:
             scales=[scale.zeros(data.device) if scale else None for scale in self.layout.scales],
         )
         if extra is not None:
-            self.import_weight(storage, data.float())
+            self.import_weight(storage, data[self.owned].float())
         return storage
+
+    def tokens_of(self, dy: torch.Tensor, x: torch.Tensor) -> int:
+        """Tokens of a backward on this rank, after gathering over tensor-parallel ranks."""
+        factor = x if self._gathers_dy else dy
+        return factor.numel() // max(factor.shape[-1], 1)
+
+    def reduces_panels(self, tokens: int) -> bool:
+        """Whether dW of so many tokens is reduced in panels, so that no factors can be kept."""
+        if self.data_parallel is None:
+            return False
+        if tokens not in self._plans:
+            if len(self._plans) >= 64:
+                self._plans.clear()
+            self._plans[tokens] = self.plan(tokens=tokens, micro_batches=1, needs_norm=True)
+        return self._plans[tokens].reduction == "panels"
+
+    def gather_weight(self, storage: Storage) -> None:
+        """Start to gather W from the ranks that own its rows, as an update does by itself.
+
+        ``data_parallel.wait()`` comes before W is read.
+        """
+        buffer = ffi.new("forge_buffer *")
+        fill_buffer(buffer, storage.weight, self.device, f"{self.name}: weight")
+        self._call(lib.forge_linear_gather_weight, buffer[0])
 
     def scalars(
         self, group: Mapping[str, Any], *, step: int, seed: int, grad_scale: float = 1.0
@@ -216,7 +263,7 @@ class Linear:
                 ``keep`` (hands the factors back as a segment).
             need_dx: whether to compute dX, shaped like ``x``.
             need_dbias: whether to compute dbias ``[out_local]`` of the factor dtype.
-            accumulator: fp32 ``[out_local, in_local]``.
+            accumulator: fp32 ``[out_owned, in_local]``.
             scalars: the step's numbers, or the tensor that :meth:`device_scalars` made of them.
             report: where ``update`` leaves its report, ``uint8 [sizeof(forge_report)]`` on the
                 device; None: the call waits for the update and returns it.
@@ -228,7 +275,7 @@ class Linear:
         x2d = as_factor(x, layout.in_local, dtype, self.device, self._names[1])
         gathers_x, gathers_dy = self._gathers_x, self._gathers_dy
         tokens = (x2d if gathers_dy else dy2d).shape[0]
-        if gathers_x:
+        if gathers_x or self.data_parallel is not None:
             x2d = x2d.contiguous()
         if gathers_dy:
             dy2d = dy2d.contiguous()
@@ -258,11 +305,13 @@ class Linear:
         with self.context.current():
             stream = self.context.stream()
             status = lib.forge_linear_backward(self.handle, call, host_report, stream)
-            self.comm.check(status, self.name)
+            self._check(status)
         self._idle_calls.append(call)
 
         segment = None
-        if mode == "keep":
+        if mode == "keep" and self.data_parallel is not None and tokens > 0:
+            segment = self._exchanged(workspace, tokens)
+        elif mode == "keep":
             if gathers_x:
                 x2d = self._gathered(workspace, tokens, layout.in_local)
             if gathers_dy:
@@ -274,6 +323,13 @@ class Linear:
             segment=segment,
             report=report_of(host_report) if host_report else None,
         )
+
+    def _check(self, status: int) -> None:
+        """Raise a collective's own exception where there was one, else the status'."""
+        if status != 0 and self.data_parallel is not None:
+            # One of them has the exception; the other knows of none and would tell the status.
+            self.data_parallel.raise_own()
+        self.comm.check(status, self.name)
 
     def _report(self, call: Any, report: torch.Tensor | None) -> Any:
         """Have the report left in ``report``, or return the host's struct for it."""
@@ -324,6 +380,22 @@ class Linear:
         # The rest of the workspace was scratch; holding it until the step would be a waste.
         return factor.clone() if workspace.numel() > used else factor
 
+    def _exchanged(self, workspace: torch.Tensor | None, tokens: int) -> Segment:
+        """The factors of all data-parallel ranks, which ``keep`` leaves in the workspace."""
+        if workspace is None or self.data_parallel is None:
+            raise RuntimeError(f"{self.name}: the library reports no workspace to exchange in")
+        dtype, layout = self.spec.factor_dtype, self.layout
+        rows = tokens * self.data_parallel.size
+        x_bytes = rows * layout.in_local * dtype.itemsize
+        first = -(-x_bytes // _ALIGNMENT) * _ALIGNMENT
+        end = first + rows * layout.out_owned * dtype.itemsize
+        x = workspace[:x_bytes].view(dtype).view(rows, layout.in_local)
+        dy = workspace[first:end].view(dtype).view(rows, layout.out_owned)
+        if workspace.numel() * _KEPT_SHARE > end:
+            # The rest was scratch; holding it until the step would be a waste.
+            x, dy = x.clone(), dy.clone()
+        return Segment.of(dy, x)
+
     def dgrad(self, dy: torch.Tensor, storage: Storage) -> torch.Tensor:
         """Return dX ``[..., in_local]`` = dY · W, without communication."""
         layout = self.layout
@@ -355,7 +427,7 @@ class Linear:
             segments: factors, summed in this order.
             storage: the parameter.
             scalars: as in :meth:`backward`.
-            accumulator: fp32 ``[out_local, in_local]``; without segments also of the factor dtype.
+            accumulator: fp32 ``[out_owned, in_local]``; without segments also of the factor dtype.
             report: as in :meth:`backward`.
 
         Returns:
@@ -389,7 +461,7 @@ class Linear:
     def _call(self, function: Any, *arguments: Any) -> None:
         """Run a function of the library on torch's current stream of this device."""
         with self.context.current():
-            check(function(self.handle, *arguments, self.context.stream()), self.name)
+            self._check(function(self.handle, *arguments, self.context.stream()))
 
     def _hold(self, segments: Sequence[Segment]) -> None:
         """Factors may have been allocated on another stream, and are let go after the call."""
@@ -397,7 +469,7 @@ class Linear:
             self.context.hold(segment.dy, segment.x)
 
     def accumulate(self, segments: Sequence[Segment], accumulator: torch.Tensor) -> None:
-        """Add ``Σ dYᵀX`` to an fp32 accumulator ``[out_local, in_local]`` in place."""
+        """Add ``Σ dYᵀX`` to an fp32 accumulator ``[out_owned, in_local]`` in place."""
         buffer = ffi.new("forge_buffer *")
         fill_buffer(buffer, accumulator, self.device, f"{self.name}: accumulator")
         array = segment_array(segments, self.device, self.name)
@@ -433,11 +505,11 @@ class Linear:
         return norm_of(norm)
 
     def export_weight(self, storage: Storage) -> torch.Tensor:
-        """The exact weight as fp32 ``[out_local, in_local]``, master or low half included."""
+        """The exact weight as fp32 ``[out_owned, in_local]``, master or low half included."""
         return self._export(lib.forge_linear_export_weight, storage)
 
     def export_state(self, storage: Storage, index: int) -> torch.Tensor:
-        """State ``index`` as fp32 ``[out_local, in_local]``."""
+        """State ``index`` as fp32 ``[out_owned, in_local]``."""
         return self._export(lib.forge_linear_export_state, storage, index)
 
     def import_weight(self, storage: Storage, values: torch.Tensor) -> None:
@@ -449,7 +521,7 @@ class Linear:
         self._import(lib.forge_linear_import_state, storage, values, index)
 
     def _export(self, function: Any, storage: Storage, *index: int) -> torch.Tensor:
-        shape = (self.layout.out_local, self.layout.in_local)
+        shape = (self.layout.out_owned, self.layout.in_local)
         out = torch.empty(shape, dtype=torch.float32, device=self.device)
         buffer, parameter = ffi.new("forge_buffer *"), self._parameter(storage)
         fill_buffer(buffer, out, self.device, "fp32 values")
@@ -457,7 +529,7 @@ class Linear:
         return out
 
     def _import(self, function: Any, storage: Storage, values: torch.Tensor, *index: int) -> None:
-        shape = (self.layout.out_local, self.layout.in_local)
+        shape = (self.layout.out_owned, self.layout.in_local)
         if tuple(values.shape) != shape or values.dtype != torch.float32:
             raise ValueError(
                 f"{self.name}: expected fp32 values of shape {shape}, got "
@@ -484,6 +556,8 @@ class Linear:
             accumulator_bytes=out.accumulator_bytes,
             gradient_bytes=out.gradient_bytes,
             reason=text(out.reason),
+            reduction=_NAME_OF_REDUCTION[out.reduction] if out.reduction else None,
+            wire_bytes=out.wire_bytes,
         )
 
 

@@ -167,6 +167,8 @@ def layout_of(layout: Any) -> Layout:
         in_local=layout.in_local,
         row_offset=layout.row_offset,
         col_offset=layout.col_offset,
+        out_owned=layout.out_owned,
+        owned_offset=layout.owned_offset,
         weight=weight,
         weight_extra=_array(layout.weight_extra),
         states=tuple(state for state in states if state is not None),

@@ -41,6 +41,11 @@ SCHEDULES = {
     "deferred": lib.FORGE_SCHEDULE_DEFERRED,
     "accumulate": lib.FORGE_SCHEDULE_ACCUMULATE,
 }
+REDUCTIONS = {
+    "auto": lib.FORGE_REDUCTION_AUTO,
+    "exchange": lib.FORGE_REDUCTION_EXCHANGE,
+    "panels": lib.FORGE_REDUCTION_PANELS,
+}
 NORM_METHODS = {
     "auto": lib.FORGE_NORM_AUTO,
     "gram": lib.FORGE_NORM_GRAM,
@@ -124,12 +129,18 @@ class ArrayLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """What belongs to this rank's shard ``[out_local, in_local]``."""
+    """What belongs to this rank's shard ``[out_local, in_local]``.
+
+    Of ``out_owned`` of its rows, from ``owned_offset`` on, this rank has states and makes updates:
+    all of them, but for data parallelism.
+    """
 
     out_local: int
     in_local: int
     row_offset: int
     col_offset: int
+    out_owned: int
+    owned_offset: int
     weight: ArrayLayout
     weight_extra: ArrayLayout | None
     states: tuple[ArrayLayout, ...]
@@ -154,7 +165,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Segment:
-    """The factors of one micro-batch: dY ``[tokens, out_local]`` and X ``[tokens, in_local]``."""
+    """The factors of one micro-batch: dY ``[tokens, out_owned]`` and X ``[tokens, in_local]``."""
 
     dy: torch.Tensor
     x: torch.Tensor
@@ -207,13 +218,19 @@ class Norm:
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedule chosen for a layer and the bytes it was chosen by."""
+    """The schedule chosen for a layer and the bytes it was chosen by.
+
+    ``reduction`` is how dW is summed over data-parallel ranks, and ``wire_bytes`` what a rank
+    receives for that in a micro-batch.
+    """
 
     schedule: str
     factor_bytes: int
     accumulator_bytes: int
     gradient_bytes: int
     reason: str
+    reduction: str | None = None
+    wire_bytes: int = 0
 
 
 class BackwardResult(NamedTuple):

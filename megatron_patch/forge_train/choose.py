@@ -60,6 +60,7 @@ def choose(
     covered: Container[torch.nn.Parameter],
     exclude: Iterable[str],
     weight_format: str,
+    replicas: int = 1,
 ) -> list[Choice]:
     """Decide for every parameter of a model.
 
@@ -68,6 +69,7 @@ def choose(
         covered: the parameters that are in a param group.
         exclude: names of modules or parameters to leave alone.
         weight_format: as for ``fuse``.
+        replicas: data-parallel ranks.
 
     Raises:
         ValueError: an unknown format, a model that is fused already, or a name in ``exclude``
@@ -96,6 +98,8 @@ def choose(
         linear = next((p.module for p in found if _is_linear_weight(p)), None)
         if isinstance(linear, torch.nn.Linear):
             why = _why_not_fused(linear, found, excluded, covered, weight_format)
+            if not why and linear.out_features % replicas:
+                why = f"{linear.out_features} rows do not divide by {replicas} data-parallel ranks"
         else:
             why = _why_ordinary(found[0], parameter)
         module = linear if isinstance(linear, torch.nn.Linear) and not why else None

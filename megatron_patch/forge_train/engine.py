@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from ._types import SCHEDULES, BackwardResult, choice
+from .data_parallel import Replicas
 from .decision import Decision, clip_coefficient, decide, number
 from .dense import DenseWeight
 from .misuse import recomputed, reused, second_backward
@@ -52,6 +53,7 @@ class Engine:
         seed: key of the stochastic rounding, the same on every rank.
         capturable: whether every update reads its numbers from the backend's memory, so that steps
             can be captured in a CUDA graph.
+        replicas: the data-parallel ranks, over which gradients are averaged; None: no others.
 
     Raises:
         ValueError: the options exclude each other.
@@ -66,6 +68,7 @@ class Engine:
         check_finite: bool = True,
         seed: int = 0,
         capturable: bool = False,
+        replicas: Replicas | None = None,
     ) -> None:
         """Start with no weights."""
         choice(SCHEDULES, "schedule", schedule)
@@ -88,6 +91,11 @@ class Engine:
         self.norms = Norms(self.weights)
         self.scalars = ScalarTable(self.weights, in_memory=capturable)
         self.steps = 0
+        self.replicas = replicas
+        # Of a gradient that is the sum over ranks.
+        self._share = 1.0 if replicas is None else 1.0 / replicas.size
+        self._gathering = False
+        self._dense: tuple[tuple[bool, ...], torch.Tensor] | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -132,6 +140,7 @@ class Engine:
         Raises:
             RuntimeError: the weight would be updated twice in one step.
         """
+        self.settle()
         task = torch._C._current_graph_task_id()
         # A forward inside a backward pass is activation recomputation: it repeats a use that was
         # counted (or, under reentrant checkpointing, could not be), so only uses of the same pass
@@ -144,6 +153,16 @@ class Engine:
         if weight.updated and task != -1:
             raise RuntimeError(recomputed(weight.name))
         return Use(weight.version, task)
+
+    def settle(self) -> None:
+        """Let reads of weights come after their rows were gathered from data-parallel ranks.
+
+        Raises:
+            ForgeCommunicationError: a rank was lost.
+        """
+        if self._gathering and self.replicas is not None:
+            self._gathering = False
+            self.replicas.wait()
 
     # -- a backward ---------------------------------------------------------------------------
 
@@ -180,15 +199,21 @@ class Engine:
         use.done = True
         schedule = self.schedule
         if schedule == "auto":
-            schedule = self._schedule_of(weight, dy.numel() // max(dy.shape[-1], 1))
+            schedule = self._schedule_of(weight, weight.linear.tokens_of(dy, x))
         if schedule == "immediate":
+            scalars = self.scalars.give(weight, self.seed, self._share)
             result = weight.linear.backward(
                 dy, x, weight.storage, mode="update",
                 need_dx=need_dx, need_dbias=need_dbias,
-                scalars=self.scalars.give(weight, self.seed), report=self.reports.row(weight),
+                scalars=scalars, report=self.reports.row(weight),
             )  # fmt: skip
             weight.updated, weight.version = True, weight.version + 1
+            self._gathering = self.replicas is not None
             return result
+        if self.replicas is not None and weight.linear.reduces_panels(
+            weight.linear.tokens_of(dy, x)
+        ):
+            return self._accumulate(weight, dy, x, need_dx, need_dbias)
         first = not weight.pending
         norm = self.norms.row(weight) if first and self._normed_at_once(weight, schedule) else None
         result = weight.linear.backward(
@@ -199,6 +224,18 @@ class Engine:
         weight.keep(result.segment, accumulate=schedule == "accumulate")
         self.norms.taken(weight, norm is not None)
         weight.kept_more = weight.kept_more or not first
+        return result
+
+    def _accumulate(
+        self, weight: FusedWeight, dy: torch.Tensor, x: torch.Tensor, dx: bool, dbias: bool
+    ) -> BackwardResult:
+        """Reduce dW in panels, into the accumulator of the rows that are updated here."""
+        result = weight.linear.backward(
+            dy, x, weight.storage, mode="accumulate",
+            need_dx=dx, need_dbias=dbias, accumulator=weight.sum(),
+        )  # fmt: skip
+        weight.accumulated = True
+        self.norms.taken(weight, False)
         return result
 
     def _normed_at_once(self, weight: FusedWeight, schedule: str) -> bool:
@@ -265,7 +302,7 @@ class Engine:
                 factors were overwritten. No weight has changed.
             ValueError: a param group's options do not fit; no weight has changed.
         """
-        grad_scale = float(grad_scale)
+        grad_scale = float(grad_scale) * self._share
         updated = [weight for weight in self.fused if weight.updated]
         if max_norm and updated:
             raise RuntimeError(
@@ -276,11 +313,12 @@ class Engine:
         for weight in pending:
             weight.check()
         self.scalars.prepare(pending, self.seed, grad_scale)
+        self._sum_gradients(pending)
         decision, sums = None, None
         # Under `reduce` every rank has to take part, whatever `auto` chose for its own layers.
         together = not updated or (reduce is not None and self.schedule == "auto")
         if max_norm or (self.check_finite and together):
-            sums = self.norms.sums(pending, self.scalars.device)
+            sums = self._over_replicas(pending, self.norms.sums(pending, self.scalars.device))
             total = sums.sum() + extra_sum_of_squares
             if reduce is not None:
                 total = torch.full_like(total, reduce(number(total)))
@@ -293,12 +331,36 @@ class Engine:
             return result
         coefficient = grad_scale if decision is None else decision.coefficient
         update_pending(pending, coefficient, self.scalars, self.reports)
+        self._gathering = self.replicas is not None
+        self.settle()
         changed = [*updated, *pending]
         rows = self._rows_of(changed)
         result = StepResult(grad_scale, decision, sums, names, self.reports, rows, len(updated))
         self.scalars.advance(changed, None if decision is None else decision.taken)
         self._end_step()
         return result
+
+    def _sum_gradients(self, pending: Sequence[Weight]) -> None:
+        """Sum what autograd left over data-parallel ranks; fused weights have no gradient."""
+        if self.replicas is not None:
+            dense = [weight.parameter for weight in pending if isinstance(weight, DenseWeight)]
+            self.replicas.sum_gradients(dense)
+
+    def _over_replicas(self, weights: Sequence[Weight], sums: torch.Tensor) -> torch.Tensor:
+        """Sums of squares of whole gradients.
+
+        A rank has those of the rows that it owns, and of what is not fused all, which counts once.
+        """
+        if self.replicas is None or not len(sums):
+            return sums
+        sums = sums.clone()
+        if self.replicas.rank > 0:
+            dense = tuple(isinstance(weight, DenseWeight) for weight in weights)
+            if self._dense is None or self._dense[0] != dense:
+                # Kept: to make it the host waits for its copy.
+                self._dense = dense, torch.tensor(dense, device=sums.device)
+            sums.masked_fill_(self._dense[1], 0.0)
+        return self.replicas.sum(sums)
 
     def _refused(self, decision: Decision, known: bool) -> bool:
         """Whether the step is skipped, where the host knows without waiting."""
@@ -334,6 +396,7 @@ class Engine:
 
     def _end_step(self) -> None:
         self.steps += 1
+        self.settle()
         self.norms.clear()
         for weight in self.fused:
             weight.updated = False

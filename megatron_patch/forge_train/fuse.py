@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from ._context import Context
+from ._context import Context, default_context
 from ._linear import Linear
 from ._types import STATE_FORMATS, LinearSpec
 from ._types import choice as number_of
 from .choose import AUTO_FORMAT, DTYPE_OF_FORMAT, Choice, choose
+from .data_parallel import Replicas, agree, replicas_of
 from .dense import DenseWeight, shape_of
 from .engine import Engine
 from .linear_function import FusedTorchLinear
@@ -21,6 +23,7 @@ from .optimizer import FusedOptimizer, param_groups_of
 from .ownership import claim
 from .parameter_ids import check_distinct, parameter_id
 from .rules import Rule
+from .state import whole_rows
 from .weights import FusedWeight, Weight
 
 
@@ -53,8 +56,9 @@ class _RefreshMasters:
     def __call__(self, _module: torch.nn.Module, _keys: Any) -> None:
         for weight in self.engine.weights:
             weight.clear()
-            if weight.storage.weight_extra is not None:
-                weight.linear.import_weight(weight.storage, weight.storage.weight.float())
+            linear, storage = weight.linear, weight.storage
+            if storage.weight_extra is not None:
+                linear.import_weight(storage, storage.weight[linear.owned].float())
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _keep_nothing, ()
@@ -119,11 +123,16 @@ class Fused:
         self.optimizer.close()
 
     def export_weights(self) -> dict[str, torch.Tensor]:
-        """The exact fp32 weights by name, masters and low halves included."""
-        return {
-            weight.name: weight.linear.export_weight(weight.storage).view(weight.parameter.shape)
-            for weight in self.engine.weights
-        }
+        """The exact fp32 weights by name, masters and low halves included.
+
+        With ``data_parallel`` every rank calls this at the same time, and the tensors of fused
+        weights are on the CPU.
+        """
+        exported = {}
+        for weight in self.engine.weights:
+            values = whole_rows(weight, weight.linear.export_weight(weight.storage))
+            exported[weight.name] = values.view(weight.parameter.shape)
+        return exported
 
     def __str__(self) -> str:
         """A table of what was fused and what was not, and why."""
@@ -160,6 +169,8 @@ def fuse(
     rest_state_format: str | Sequence[str] = "fp32",
     seed: int = 0,
     capturable: bool = False,
+    data_parallel: bool | dist.ProcessGroup = False,
+    data_parallel_reduction: str = "auto",
     context: Context | None = None,
 ) -> Fused:
     """Fuse the optimizer into the backward of every ``torch.nn.Linear`` that allows it.
@@ -191,6 +202,11 @@ def fuse(
             deserve fp32; a large embedding may not.
         seed: of stochastic rounding.
         capturable: whether steps can be captured in a CUDA graph; see :func:`forge_train.capture`.
+        data_parallel: a process group whose ranks train copies of this model on different tokens,
+            as many each; True: the default group. Gradients are averaged over them, weights start
+            as rank 0's, and states are shared out. In place of ``DistributedDataParallel``.
+        data_parallel_reduction: how dW is summed over ranks: ``exchange`` of factors, ``panels`` of
+            dW, or ``auto``, for each layer the one that moves fewer bytes.
         context: the backend; the process' own of the model's device where None.
 
     Returns:
@@ -200,18 +216,31 @@ def fuse(
         ForgeBackendError: the model is on a GPU that FORGE cannot use; the message says why.
         torch.OutOfMemoryError: there is no memory for the states.
         ValueError: an argument is not known, excludes another one, or names nothing; parameters to
-            step are on several devices, or another fused optimizer steps them.
+            step are on several devices, or another fused optimizer steps them; data-parallel ranks
+            differ in what they fuse.
+        RuntimeError: ``data_parallel`` without ``torch.distributed``.
         TypeError: the model is wrapped for data parallelism, or ``rule`` is no rule.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise TypeError(
             "model is wrapped in DistributedDataParallel, which reduces gradients that FORGE does "
-            "not allocate. Fuse through forge_train.megatron, or train on one rank."
+            "not allocate. Fuse the module inside it, with fuse(..., data_parallel=True)."
         )
     if not isinstance(rule, Rule):
         raise TypeError(f"rule={rule!r} must be a rule, such as forge_train.AdamW(lr=1e-3)")
     for name in (rest_state_format,) if isinstance(rest_state_format, str) else rest_state_format:
         number_of(STATE_FORMATS, "rest_state_format", name)
+    replicas = replicas_of(data_parallel, data_parallel_reduction)
+    if replicas is not None and capturable:
+        raise ValueError(
+            "capturable=True with data_parallel: a CUDA graph of its collectives is not supported "
+            "yet; leave one of them out"
+        )
+    if replicas is not None and not rest:
+        raise ValueError(
+            "rest=False with data_parallel: the gradients of those parameters would not be "
+            "averaged over the ranks; let FORGE step them"
+        )
     engine = Engine(
         schedule=schedule,
         micro_batches=micro_batches,
@@ -219,6 +248,7 @@ def fuse(
         check_finite=check_finite,
         seed=seed,
         capturable=capturable,
+        replicas=replicas,
     )
     param_groups = param_groups_of(model, rule, groups)
     group_of = {parameter: group for group in param_groups for parameter in group["params"]}
@@ -233,12 +263,16 @@ def fuse(
     )
     rows: list[Row] = []
     made: list[tuple[Choice, Weight]] = []
-    for choice in choose(model, group_of, exclude, weight_format):
+    choices = choose(model, group_of, exclude, weight_format, replicas.size if replicas else 1)
+    if replicas is not None:
+        agree(replicas, choices, engine, param_groups, base, weight_format, max_norm)
+        replicas.broadcast([*model.parameters(), *model.buffers()])
+    for choice in choices:
         group = group_of.get(choice.parameter)
         note = f"left: {choice.why}"
         if group is not None and (choice.module is not None or rest):
             spec = _spec(base, choice, group, weight_format, rest_state_format)
-            made.append((choice, _weight(spec, choice, group, context)))
+            made.append((choice, _weight(spec, choice, group, context, replicas)))
             note = f"fused, {spec.weight_format} weight" if choice.module else f"rest: {choice.why}"
         parameter, fused = choice.parameter, choice.module is not None
         rows.append(Row(choice.name, tuple(parameter.shape), parameter.nbytes, fused, note))
@@ -292,10 +326,26 @@ def _spec(
 
 
 def _weight(
-    spec: LinearSpec, choice: Choice, group: dict[str, Any], context: Context | None
+    spec: LinearSpec,
+    choice: Choice,
+    group: dict[str, Any],
+    context: Context | None,
+    replicas: Replicas | None,
 ) -> Weight:
     device = choice.parameter.device
-    linear = Linear(spec, name=choice.name, context=context, device=device)
+    others, reduction = None, "auto"
+    if replicas is not None and choice.module is not None:
+        if context is None:
+            context = default_context(device)
+        others, reduction = replicas.comm(context), replicas.reduction
+    linear = Linear(
+        spec,
+        name=choice.name,
+        context=context,
+        device=device,
+        data_parallel=others,
+        reduction=reduction,
+    )
     kind = FusedWeight if choice.module is not None else DenseWeight
     try:
         return kind(choice.name, choice.parameter, linear, group)

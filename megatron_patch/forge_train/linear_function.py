@@ -74,6 +74,8 @@ def fused_linear(
     """
     parameter = weight.parameter
     if not torch.is_grad_enabled() or not parameter.requires_grad:
+        if weight.engine is not None:
+            weight.engine.settle()
         full = gather(x) if gather is not None else x
         return functional.linear(full, parameter, bias)
     if x.device != parameter.device:

@@ -1,6 +1,6 @@
 """The C ABI as Python objects: everything that the schedules and the Megatron side build on."""
 
-from ._comm import Comm, HostComm
+from ._comm import Comm, HostComm, NcclComm
 from ._context import Context, default_context
 from ._lib import (
     ForgeArgumentError,
@@ -36,6 +36,7 @@ __all__ = [
     "Layout",
     "Linear",
     "LinearSpec",
+    "NcclComm",
     "Norm",
     "Plan",
     "Report",

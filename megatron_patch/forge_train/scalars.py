@@ -208,15 +208,15 @@ class ScalarTable:
             self.scale(grad_scale)
         return self._memory()[row]
 
-    def give(self, weight: Weight, seed: int) -> Scalars | torch.Tensor:
+    def give(self, weight: Weight, seed: int, grad_scale: float = 1.0) -> Scalars | torch.Tensor:
         """:meth:`prepare` and :meth:`take` for an update inside the backward.
 
         A row's numbers are those that the first of a step's updates found.
         """
         group, given = self._given.get(self._row.get(id(weight), -1), (None, None))
         if given is None or group is not weight.group:
-            self.prepare([weight], seed, 1.0)
-            given = self.take(weight, 1.0)
+            self.prepare([weight], seed, grad_scale)
+            given = self.take(weight, grad_scale)
             self._given[self._row[id(weight)]] = weight.group, given
         return given
 

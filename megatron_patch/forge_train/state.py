@@ -15,6 +15,14 @@ _MOST_STEPS = 2**32 - 1
 """The library counts steps in 32 bits."""
 
 
+def whole_rows(weight: Weight, owned: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """An array of all rows of a weight, of which data-parallel ranks have parts; collective."""
+    if weight.linear.data_parallel is None or weight.engine is None:
+        return owned
+    replicas = weight.engine.replicas
+    return owned if replicas is None else replicas.whole(owned, dim)
+
+
 def state_of(weight: Weight) -> dict[str, torch.Tensor]:
     """One parameter's entry in a ``state_dict``; see ``FusedOptimizer.state_dict``."""
     shape, storage = weight.parameter.shape, weight.storage
@@ -22,11 +30,12 @@ def state_of(weight: Weight) -> dict[str, torch.Tensor]:
     for name, state, scale in zip(
         weight.linear.rule.state_names, storage.states, storage.scales, strict=True
     ):
+        state = whole_rows(weight, state)
         entry[name] = state.view(shape) if state.numel() == shape.numel() else state
         if scale is not None:
-            entry[f"{name}_scale"] = scale
+            entry[f"{name}_scale"] = whole_rows(weight, scale, 1)
     if storage.weight_extra is not None:
-        entry[_EXTRA] = storage.weight_extra.view(shape)
+        entry[_EXTRA] = whole_rows(weight, storage.weight_extra).view(shape)
     return entry
 
 
@@ -75,13 +84,14 @@ def load_state(weight: Weight, entry: Mapping[str, Any]) -> Callable[[], None]:
     extra, saved_extra = storage.weight_extra, entry.get(_EXTRA)
     if extra is not None and saved_extra is not None:
         _require_tensor(weight, _EXTRA, saved_extra)
-        if saved_extra.dtype != extra.dtype or saved_extra.numel() != extra.numel():
+        if saved_extra.dtype != extra.dtype or saved_extra.numel() != storage.weight.numel():
             raise ValueError(
                 f"{weight.name}: the saved master is {saved_extra.dtype} of shape "
                 f"{tuple(saved_extra.shape)}, weight_format="
                 f"{linear.spec.weight_format!r} needs {extra.dtype}; fuse() with the saved format"
             )
-        actions.append(partial(extra.copy_, saved_extra.reshape(extra.shape)))
+        mine = saved_extra.reshape(storage.weight.shape)[linear.owned]
+        actions.append(partial(extra.copy_, mine))
 
     def commit() -> None:
         for action in actions:
@@ -96,10 +106,11 @@ def load_state(weight: Weight, entry: Mapping[str, Any]) -> Callable[[], None]:
 def _check_scale(weight: Weight, name: str, saved: Any, scale: torch.Tensor) -> None:
     """Refuse scales that no state has: they would be copied, or broadcast, without a word."""
     _require_tensor(weight, name, saved)
-    if saved.dtype != scale.dtype or saved.shape != scale.shape:
+    shape = (scale.shape[0], weight.linear.layout.out_local)
+    if saved.dtype != scale.dtype or saved.shape != shape:
         raise ValueError(
             f"{weight.name}: {name!r} was saved as {saved.dtype} of shape {tuple(saved.shape)}, "
-            f"{scale.dtype} of shape {tuple(scale.shape)} is needed"
+            f"{scale.dtype} of shape {shape} is needed"
         )
     if not bool(((saved >= 0) & saved.isfinite()).all()):
         raise ValueError(f"{weight.name}: {name!r} holds what is no scale: it is corrupted")
@@ -128,20 +139,20 @@ def _load_array(
     """Write one state: as stored, or from fp32."""
     state, scale = weight.storage.states[index], weight.storage.scales[index]
     _require_tensor(weight, name, saved)
-    same = saved.dtype == state.dtype and saved.shape in (state.shape, weight.parameter.shape)
+    whole, owned = weight.storage.weight.shape, weight.linear.owned
+    same = saved.dtype == state.dtype and saved.shape in (whole, weight.parameter.shape)
     if same and (scale is None) == (saved_scale is None):
         if scale is not None:
             _check_scale(weight, f"{name}_scale", saved_scale, scale)
 
         def copy() -> None:
-            state.copy_(saved.reshape(state.shape))
+            state.copy_(saved.reshape(whole)[owned])
             if scale is not None and saved_scale is not None:
-                scale.copy_(saved_scale)
+                scale.copy_(saved_scale[:, owned])
 
         return copy
-    layout = weight.linear.layout
     if saved.dtype == torch.float32 and saved.shape == weight.parameter.shape:
-        values = saved.reshape(layout.out_local, layout.in_local)
+        values = saved.reshape(whole)[owned]
         return lambda: weight.linear.import_state(weight.storage, index, values)
     raise ValueError(
         f"{weight.name}: {name!r} was saved as {saved.dtype} of shape {tuple(saved.shape)}, which "

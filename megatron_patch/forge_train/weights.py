@@ -143,7 +143,8 @@ class FusedWeight(Weight):
     """A linear's weight that no gradient exists for.
 
     Attributes:
-        accumulator: fp32 ``[out, in]``, allocated by the first step that needs it.
+        accumulator: fp32, of the rows that are updated here; the first step that needs it
+            allocates it.
         accumulated: whether the accumulator holds micro-batches of this step.
         updated: whether this step's update has happened inside the backward.
         plan: why ``auto`` chose its schedule.
@@ -221,6 +222,8 @@ class FusedWeight(Weight):
                 name=self.name,
                 comm=self.linear.comm,
                 device=self.linear.device,
+                data_parallel=self.linear.data_parallel,
+                reduction=self.linear.reduction,
             )
         self.linear = self._linears[dtype]
         # A plan counts the bytes of factors.
@@ -237,22 +240,26 @@ class FusedWeight(Weight):
             self._fold()
         self.segments.append(segment)
         layout = self.linear.layout
-        accumulator_bytes = layout.out_local * layout.in_local * torch.float32.itemsize
+        accumulator_bytes = layout.out_owned * layout.in_local * torch.float32.itemsize
         if accumulate and self.factor_bytes > accumulator_bytes:
             self._fold()
 
     def _fold(self) -> None:
         """Add all kept factors to the accumulator and let go of them."""
         self.check()
+        self.linear.accumulate(self.segments, self.sum())
+        self.accumulated = True
+        self.segments.clear()
+
+    def sum(self) -> torch.Tensor:
+        """The accumulator, zero where it holds nothing of this step; the caller adds to it."""
         if self.accumulator is None:
             layout = self.linear.layout
-            shape = (layout.out_local, layout.in_local)
+            shape = (layout.out_owned, layout.in_local)
             self.accumulator = torch.zeros(shape, device=self.linear.device)
         elif not self.accumulated:
             self.accumulator.zero_()
-        self.linear.accumulate(self.segments, self.accumulator)
-        self.accumulated = True
-        self.segments.clear()
+        return self.accumulator
 
     def check(self) -> None:
         """Raise if somebody wrote into kept factors.
