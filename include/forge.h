@@ -576,7 +576,7 @@ typedef struct {
   uint64_t accumulator_bytes;
   // What a stock fp32 gradient of the owned rows takes.
   uint64_t gradient_bytes;
-  // Received to sum dW of a micro-batch over data-parallel ranks; W is gathered besides.
+  // Received in a step to sum dW over data-parallel ranks; W is gathered besides.
   uint64_t wire_bytes;
   // A forge_reduction, AUTO where nothing is summed.
   uint32_t reduction;
@@ -775,9 +775,9 @@ typedef struct {
   forge_buffer dx;
   // `[out_local]`, factor_dtype.
   forge_buffer dbias;
-  // forge_linear_workspace bytes. With SP the gathered factor is left at its start. With data parallelism the
-  // exchanged factors are: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY
-  // [tokens of all ranks, out_owned].
+  // forge_linear_workspace bytes. With SP the gathered factor is left at its start. Where factors are exchanged
+  // these are: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY [tokens of all
+  // ranks, out_owned].
   forge_buffer workspace;
   // fp32 [out_owned, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
   // (data NULL: none).
@@ -1057,7 +1057,9 @@ forge_status forge_linear_new(forge_context *context,
 // gradient. `reduction` (a forge_reduction) says how dW is summed; a backward and an update start to gather W, and
 // forge_comm_wait of `data_parallel` comes before W is read. Ranks make the same calls with the same tokens.
 //
-// A gradient is the sum over ranks: divide by their number with grad_scale where the loss is a mean.
+// `micro_batches` is how many backwards a step has, at least 1: FORGE_REDUCTION_AUTO compares factors that are
+// exchanged in each with panels that are reduced once. A gradient is the sum over ranks: divide by their number with
+// grad_scale where the loss is a mean.
 //
 // Errors: as forge_linear_new; FORGE_ERROR_SHARD (rows that do not divide by the ranks of `data_parallel`);
 // FORGE_ERROR_NULL (collectives of the caller's without `all_to_all`).
@@ -1068,6 +1070,7 @@ forge_status forge_linear_new_data_parallel(forge_context *context,
                                             forge_comm *comm,
                                             forge_comm *data_parallel,
                                             uint32_t reduction,
+                                            uint32_t micro_batches,
                                             const forge_linear_config *config,
                                             forge_linear **out_linear);
 
@@ -1085,14 +1088,15 @@ void forge_linear_free(forge_linear *linear);
 forge_status forge_linear_layout(const forge_linear *linear,
                                  forge_layout *out);
 
-// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs: 0 without sequence
-// parallelism and data parallelism. Not the context's workspace.
+// Bytes of workspace that a forge_linear_backward of this mode (a forge_backward_mode) and of this many (gathered)
+// tokens needs: 0 without sequence parallelism and data parallelism. Not the context's workspace.
 //
 // Errors: FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (tokens that do not divide by the ranks).
 //
 // # Safety
 // `linear` is live, `out_bytes` points to a u64.
 forge_status forge_linear_workspace(const forge_linear *linear,
+                                    uint32_t mode,
                                     uint64_t tokens,
                                     uint64_t *out_bytes);
 
@@ -1244,6 +1248,25 @@ forge_status forge_linear_norm_async(forge_linear *linear,
                                      uint32_t method,
                                      forge_norm *device_out,
                                      void *stream);
+
+// `accumulator += Σ dYᵀX` over all segments and all data-parallel ranks, for the owned rows, in panels: of the factors
+// that FORGE_BACKWARD_KEEP left to the caller where dW is reduced in panels. These are of the caller's own tokens and of
+// all its rows: segments here have dy [tokens, out_local].
+//
+// Written: `accumulator`, fp32 [out_owned, in_local], and `workspace`, of forge_linear_workspace for
+// FORGE_BACKWARD_ACCUMULATE and the tokens of any segment.
+//
+// Errors: FORGE_ERROR_UNSUPPORTED (the linear is not data parallel), FORGE_ERROR_COLLECTIVE; as
+// forge_linear_backward.
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_reduce(forge_linear *linear,
+                                 const forge_segment *segments,
+                                 uint32_t n_segments,
+                                 forge_buffer accumulator,
+                                 forge_buffer workspace,
+                                 void *stream);
 
 // Starts to gather W from the data-parallel ranks, each of which has written the rows that it owns: an import does
 // not do so by itself, as an update does. forge_comm_wait comes before W is read. Nothing where one rank has all rows.

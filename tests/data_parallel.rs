@@ -65,7 +65,8 @@ fn on_all<T: Send>(
                     let shape = Shape::new(o, i, parallel, sequence, true, tensor, ranks)
                         .and_then(|shape| shape.replicated(replica, world.replicas))
                         .unwrap();
-                    let data_parallel = Some(DataParallel { comm: others, reduction });
+                    let data_parallel =
+                        Some(DataParallel { comm: others, reduction, micro_batches: 1 });
                     let backend = cpu(1);
                     let linear = Linear { backend, comm, shape, scheme, data_parallel };
                     work(Rank { p: Parameter::of(linear), replica, tensor })
@@ -126,7 +127,8 @@ impl Rank {
             x_rows = cut(x, at.cols, 0, tokens);
             x = Matrix { data: x_rows.as_ptr(), stride: at.cols };
         }
-        let mut workspace = vec![0u8; linear.workspace_bytes(tokens) + 1];
+        let keeps = matches!(mode, Mode::Keep { .. });
+        let mut workspace = vec![0u8; linear.workspace_bytes(keeps, tokens) + 1];
         let mut dx = vec![0u8; shape.x_tokens(tokens) * at.cols * dtype.bytes() + 1];
         let work = Backward {
             tokens,
@@ -389,21 +391,71 @@ fn no_tokens_are_a_zero_gradient() {
 }
 
 #[test]
+fn kept_factors_are_reduced_once_for_all_micro_batches() {
+    let (out, inn) = (24, 136);
+    for world in [World::replicas(2), World::replicas(4), WORLDS[4], WORLDS[6]] {
+        let scheme = scheme("sgd", 0, WEIGHTS[0], STATES[0], Dtype::F32);
+        let mut r = Random(12);
+        let start = r.vector(out * inn);
+        let steps: Vec<Vec<_>> = [6, 10, 2]
+            .map(|tokens| {
+                let mut segment = || Segment::random(&mut r, tokens, out, inn, Dtype::F32);
+                (0..world.replicas).map(|_| segment()).collect()
+            })
+            .into();
+        let mut one = Parameter::new(scheme, &cpu(2), out, inn, (Parallel::None, 0, 1));
+        one.import_weight(&start);
+        let mut buffer = vec![0f32; out * inn];
+        for segments in &steps {
+            one.accumulate(&[together(segments).factors()], &mut buffer);
+        }
+        on_all(world, scheme, (out, inn), Reduction::Panels, |mut rank| {
+            rank.import(&start, inn);
+            let shape = rank.p.linear.shape;
+            let (owned, shard) = (shape.owned(), shape.shard);
+            let mut gathered = Vec::new();
+            let mut local = Vec::new();
+            for segments in &steps {
+                let mine = &segments[rank.replica];
+                let (_, workspace) = rank.backward(mine, Mode::Keep { norm: null_mut() });
+                let (row, col) = (shard.row_offset as usize, shard.col_offset as usize);
+                let mut factors = mine.shard(row, col);
+                if let Some((features, is_x)) = shape.gathered_features() {
+                    // The gathered factor is at the start of the workspace.
+                    let matrix = Matrix { data: workspace.as_ptr(), stride: features };
+                    if is_x { factors.x = matrix } else { factors.dy = matrix }
+                }
+                gathered.push(workspace);
+                local.push(factors);
+            }
+            let mut sum = vec![0f32; owned.rows * owned.cols];
+            let mut workspace = vec![0u8; shape.panel_workspace()];
+            let to = Accumulator::fp32(sum.as_mut_ptr());
+            // SAFETY: all arrays have their sizes.
+            unsafe { rank.p.linear.reduce(&local, to, workspace.as_mut_ptr(), Stream::NULL) }
+                .unwrap();
+            assert_near(&sum, &rows_of(&buffer, inn, owned), 1e-4, &format!("{world:?}"));
+        });
+    }
+}
+
+#[test]
 fn the_reduction_with_fewer_bytes_is_taken() {
     let scheme = scheme("adamw", 0, WEIGHTS[1], STATES[1], Dtype::Bf16);
-    let plan = |tokens, reduction, schedule| {
-        let plans = on_all(World::replicas(8), scheme, (4096, 4096), reduction, |rank| {
+    let plan = |tokens, reduction, schedule, micro_batches| {
+        let plans = on_all(World::replicas(8), scheme, (4096, 4096), reduction, |mut rank| {
+            rank.p.linear.data_parallel.as_mut().unwrap().micro_batches = micro_batches;
             rank.p.linear.plan(&PlanRequest {
                 schedule,
                 tokens_per_micro_batch: tokens,
-                micro_batches: 1,
+                micro_batches,
                 needs_norm: true,
             })
         });
-        plans.into_iter().next().unwrap()
+        plans.into_iter().next().unwrap().unwrap()
     };
     // 7/8 of 4096² fp32 numbers, against 7·(4096 + 512) bf16 numbers of each token of a rank.
-    let panels = 7 * 512 * 4096 * 4;
+    let (owned, panels) = (512 * 4096 * 4, 7 * 512 * 4096 * 4);
     let token = 7 * (4096 + 512) * 2;
     let most = panels / token;
     for (tokens, wanted, bytes) in [
@@ -412,18 +464,27 @@ fn the_reduction_with_fewer_bytes_is_taken() {
         (most + 1, Reduction::Panels, panels),
         (1 << 20, Reduction::Panels, panels),
     ] {
-        let auto = plan(tokens, Reduction::Auto, Schedule::Auto).unwrap();
+        let auto = plan(tokens, Reduction::Auto, Schedule::Auto, 1);
         assert_eq!((auto.reduction, auto.wire_bytes), (Some(wanted), bytes), "{tokens}");
     }
-    let kept = plan(most, Reduction::Auto, Schedule::Deferred).unwrap();
+    // Of several micro-batches factors are exchanged in each, panels reduced once.
+    let several = plan(most / 3, Reduction::Auto, Schedule::Auto, 3);
+    assert_eq!(several.reduction, Some(Reduction::Exchange));
+    let more = plan(most / 3 + 1, Reduction::Auto, Schedule::Auto, 3);
+    assert_eq!((more.reduction, more.wire_bytes), (Some(Reduction::Panels), panels));
+    // What is exchanged is of all tokens and of the owned rows; what is not, of this rank's and of all rows.
+    let kept = plan(most, Reduction::Auto, Schedule::Deferred, 1);
     assert_eq!(kept.factor_bytes, 8 * most * (4096 + 512) * 2);
-    assert_eq!(kept.gradient_bytes, 512 * 4096 * 4);
-    let refused = plan(most + 1, Reduction::Auto, Schedule::Deferred).unwrap_err();
-    assert!(refused.message.contains("use 'accumulate'"), "{}", refused.message);
-    let forced = plan(most + 1, Reduction::Exchange, Schedule::Deferred).unwrap();
+    assert_eq!((kept.gradient_bytes, kept.accumulator_bytes), (owned, 0));
+    let local = plan(most + 1, Reduction::Auto, Schedule::Deferred, 2);
+    assert_eq!(local.factor_bytes, 2 * (most + 1) * (4096 + 4096) * 2);
+    assert_eq!((local.schedule, local.accumulator_bytes), (Schedule::Deferred, owned));
+    let forced = plan(most + 1, Reduction::Exchange, Schedule::Deferred, 1);
     assert_eq!(forced.reduction, Some(Reduction::Exchange));
-    let buffer = plan(1 << 20, Reduction::Auto, Schedule::Auto).unwrap();
-    assert_eq!((buffer.schedule, buffer.accumulator_bytes), (Schedule::Accumulate, 512 * 4096 * 4));
+    // More factors than the buffer takes are reduced before the step ends.
+    let long = plan(1 << 20, Reduction::Auto, Schedule::Auto, 4);
+    assert_eq!((long.schedule, long.accumulator_bytes), (Schedule::Accumulate, owned));
+    assert_eq!(long.factor_bytes, (1 << 20) * (4096 + 4096) * 2);
 }
 
 #[test]

@@ -161,7 +161,7 @@ impl Fixture {
             assert_eq!(forge_linear_new(context, comm, &config, &mut linear), FORGE_OK);
             assert_eq!(forge_linear_layout(linear, &mut layout), FORGE_OK);
             assert_eq!(forge_rule_find(config.rule, 0, &mut rule), FORGE_OK);
-            assert_eq!(forge_linear_workspace(linear, TOKENS, &mut workspace), FORGE_OK);
+            assert_eq!(forge_linear_workspace(linear, 0, TOKENS, &mut workspace), FORGE_OK);
         }
         let element = if factor_dtype == 1 { 4 } else { 2 };
         let mut step = sized::<forge_step>();
@@ -293,7 +293,8 @@ impl Fixture {
                 let others = p.of("data_parallel", self.comm);
                 let config = p.read("config", &self.config);
                 let to = p.of("out_linear", out.as_mut_ptr());
-                let status = forge_linear_new_data_parallel(context, comm, others, 0, config, to);
+                let status =
+                    forge_linear_new_data_parallel(context, comm, others, 0, 1, config, to);
                 forge_linear_free(out[0]);
                 status
             });
@@ -315,7 +316,7 @@ impl Fixture {
             refused += check("forge_linear_workspace", |p| {
                 let mut out = [0u64; 2];
                 let out_bytes = p.of("out_bytes", out.as_mut_ptr());
-                forge_linear_workspace(p.of("linear", self.linear), TOKENS, out_bytes)
+                forge_linear_workspace(p.of("linear", self.linear), 0, TOKENS, out_bytes)
             });
             refused += check("forge_linear_plan", |p| {
                 let mut request = sized::<forge_plan_request>();

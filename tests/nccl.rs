@@ -24,6 +24,7 @@ const ROWS: u64 = 8;
 const COLS: u64 = 16;
 const TOKENS: u64 = 6;
 const RANKS: u64 = 2;
+const KEEP: u32 = forge_backward_mode::FORGE_BACKWARD_KEEP as u32;
 
 #[track_caller]
 fn fails(status: forge_status, expected: forge_status, parts: &[&str]) {
@@ -171,7 +172,7 @@ fn backward(
     unsafe {
         ok(forge_linear_new(context, comm, &config, &mut linear));
         ok(forge_linear_layout(linear, &mut layout));
-        ok(forge_linear_workspace(linear, TOKENS, &mut bytes));
+        ok(forge_linear_workspace(linear, KEEP, TOKENS, &mut bytes));
     }
     let (out, inn) = (layout.out_local, layout.in_local);
     let rows_of = |gathers: bool| if sequence && gathers { TOKENS / RANKS } else { TOKENS };
@@ -293,9 +294,9 @@ fn exchange() {
         unsafe {
             ok(forge_comm_new_solo(context, &mut solo));
             let (config, out) = (&config, &mut linear);
-            ok(forge_linear_new_data_parallel(context, solo, replicas, reduction, config, out));
+            ok(forge_linear_new_data_parallel(context, solo, replicas, reduction, 1, config, out));
             ok(forge_linear_layout(linear, &mut layout));
-            ok(forge_linear_workspace(linear, TOKENS, &mut bytes));
+            ok(forge_linear_workspace(linear, KEEP, TOKENS, &mut bytes));
         }
         let owned = ROWS / RANKS;
         assert_eq!((layout.out_local, layout.out_owned), (ROWS, owned));

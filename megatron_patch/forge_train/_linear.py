@@ -84,6 +84,8 @@ class Linear:
         data_parallel: the ranks that have the same W and other tokens; None: no others. This rank
             then updates the rows that it owns over the tokens of all.
         reduction: one of :data:`REDUCTIONS`: how dW is summed over them.
+        micro_batches: backwards in a step, for ``auto``: factors are exchanged in each, panels may
+            be reduced once.
 
     Attributes:
         device: where every tensor of every call must be.
@@ -106,6 +108,7 @@ class Linear:
         device: torch.device | str | None = None,
         data_parallel: Comm | None = None,
         reduction: str = "auto",
+        micro_batches: int = 1,
     ) -> None:
         """Make the layer; no tensor is allocated."""
         self.spec, self.name = spec, name
@@ -124,14 +127,15 @@ class Linear:
         config, _rule_name = linear_config(spec, name)
         out = ffi.new("forge_linear **")
         self.data_parallel, self.reduction = data_parallel, reduction
-        sums = choice(REDUCTIONS, "reduction", reduction)
+        self.micro_batches = micro_batches
+        sums = choice(REDUCTIONS, "reduction", reduction), micro_batches
         with self.context.current():
             handles = (self.context.handle, self.comm.handle)
             if data_parallel is None:
                 made = lib.forge_linear_new(*handles, config, out)
             else:
                 others = data_parallel.handle
-                made = lib.forge_linear_new_data_parallel(*handles, others, sums, config, out)
+                made = lib.forge_linear_new_data_parallel(*handles, others, *sums, config, out)
             check(made, name)
         self.handle = ffi.gc(out[0], lib.forge_linear_free)
         self.state_formats = tuple(spec.formats_of(len(self.rule.state_names)))
@@ -148,7 +152,7 @@ class Linear:
         # Kept from call to call, for a call's own work is a few µs.
         self._last_parameter: _Known | None = None
         self._last_places: dict[str, tuple[torch.Tensor, Any]] = {}
-        self._workspace_bytes: dict[int, int] = {}
+        self._workspace_bytes: dict[tuple[str, int], int] = {}
         self._idle_calls: list[Any] = []
 
     def _layout(self) -> Layout:
@@ -283,7 +287,7 @@ class Linear:
         dbias = (
             torch.empty(layout.out_local, dtype=dtype, device=self.device) if need_dbias else None
         )
-        workspace = self._workspace(tokens)
+        workspace = self._workspace(mode, tokens)
 
         # Two threads may be here at once.
         call = self._idle_calls.pop() if self._idle_calls else new_struct("forge_backward")
@@ -309,7 +313,8 @@ class Linear:
         self._idle_calls.append(call)
 
         segment = None
-        if mode == "keep" and self.data_parallel is not None and tokens > 0:
+        exchanged = self.data_parallel is not None and tokens > 0
+        if mode == "keep" and exchanged and not self.reduces_panels(tokens):
             segment = self._exchanged(workspace, tokens)
         elif mode == "keep":
             if gathers_x:
@@ -360,14 +365,14 @@ class Linear:
             self._last_parameter = before = _Known(made, arrays)
         return before.struct
 
-    def _workspace(self, tokens: int) -> torch.Tensor | None:
-        size = self._workspace_bytes.get(tokens)
+    def _workspace(self, mode: str, tokens: int) -> torch.Tensor | None:
+        size = self._workspace_bytes.get((mode, tokens))
         if size is None:
             out = ffi.new("uint64_t *")
-            check(lib.forge_linear_workspace(self.handle, tokens, out), self.name)
+            check(lib.forge_linear_workspace(self.handle, _MODES[mode], tokens, out), self.name)
             if len(self._workspace_bytes) >= 64:
                 self._workspace_bytes.clear()
-            size = self._workspace_bytes[tokens] = out[0]
+            size = self._workspace_bytes[mode, tokens] = out[0]
         return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
 
     def _gathered(self, workspace: torch.Tensor | None, tokens: int, cols: int) -> torch.Tensor:
@@ -475,6 +480,23 @@ class Linear:
         array = segment_array(segments, self.device, self.name)
         self._hold(segments)
         self._call(lib.forge_linear_accumulate, array, len(segments), buffer[0])
+
+    def reduce(self, segments: Sequence[Segment], accumulator: torch.Tensor) -> None:
+        """Add ``Σ dYᵀX`` of all data-parallel ranks to an accumulator ``[out_owned, in_local]``.
+
+        Args:
+            segments: what ``keep`` has handed back where :meth:`reduces_panels`: of this rank's
+                tokens, dY of all its rows.
+            accumulator: fp32; written in place.
+        """
+        buffer, scratch = ffi.new("forge_buffer *"), ffi.new("forge_buffer *")
+        fill_buffer(buffer, accumulator, self.device, f"{self.name}: accumulator")
+        tokens = max(segment.x.shape[0] for segment in segments)
+        workspace = self._workspace("accumulate", tokens)
+        fill_buffer(scratch, workspace, self.device, f"{self.name}: workspace")
+        array = segment_array(segments, self.device, self.name)
+        self._hold(segments)
+        self._call(lib.forge_linear_reduce, array, len(segments), buffer[0], scratch[0])
 
     def norm(
         self,

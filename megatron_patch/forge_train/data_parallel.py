@@ -145,6 +145,19 @@ def replicas_of(data_parallel: bool | dist.ProcessGroup, reduction: str) -> Repl
     return Replicas(None if data_parallel is True else data_parallel, reduction)
 
 
+def engine_facts(engine: Engine) -> dict[str, object]:
+    """What of an engine's settings all ranks must have alike, and the library's version."""
+    reduction = engine.replicas.reduction if engine.replicas is not None else None
+    return {
+        "FORGE": version(),
+        "data_parallel_reduction": reduction,
+        "schedule": engine.schedule,
+        "micro_batches": engine.micro_batches,
+        "check_finite": engine.check_finite,
+        "seed": engine.seed,
+    }
+
+
 def agree(
     replicas: Replicas,
     choices: Sequence[Choice],
@@ -160,19 +173,14 @@ def agree(
         ValueError: ranks differ; see :meth:`Replicas.agree`.
     """
     facts: dict[str, object] = {
-        "FORGE": version(),
+        **engine_facts(engine),
         "rule": base.rule.name,
         "weight_format": weight_format,
         "state_format": base.state_formats,
         "weight_rounding": base.weight_rounding,
         "state_rounding": base.state_rounding,
         "fp32_products": base.fp32_products,
-        "data_parallel_reduction": replicas.reduction,
-        "schedule": engine.schedule,
-        "micro_batches": engine.micro_batches,
         "max_norm": max_norm,
-        "check_finite": engine.check_finite,
-        "seed": engine.seed,
     }
     for index, group in enumerate(groups):
         options = {key: value for key, value in group.items() if key != "params"}

@@ -92,8 +92,8 @@ class Engine:
         self.scalars = ScalarTable(self.weights, in_memory=capturable)
         self.steps = 0
         self.replicas = replicas
-        # Of a gradient that is the sum over ranks.
-        self._share = 1.0 if replicas is None else 1.0 / replicas.size
+        # What the library sums over ranks is averaged.
+        self.share = 1.0 if replicas is None else 1.0 / replicas.size
         self._gathering = False
         self._dense: tuple[tuple[bool, ...], torch.Tensor] | None = None
 
@@ -201,7 +201,7 @@ class Engine:
         if schedule == "auto":
             schedule = self._schedule_of(weight, weight.linear.tokens_of(dy, x))
         if schedule == "immediate":
-            scalars = self.scalars.give(weight, self.seed, self._share)
+            scalars = self.scalars.give(weight, self.seed, self.share)
             result = weight.linear.backward(
                 dy, x, weight.storage, mode="update",
                 need_dx=need_dx, need_dbias=need_dbias,
@@ -210,32 +210,19 @@ class Engine:
             weight.updated, weight.version = True, weight.version + 1
             self._gathering = self.replicas is not None
             return result
-        if self.replicas is not None and weight.linear.reduces_panels(
-            weight.linear.tokens_of(dy, x)
-        ):
-            return self._accumulate(weight, dy, x, need_dx, need_dbias)
-        first = not weight.pending
+        tokens = weight.linear.tokens_of(dy, x)
+        local = self.replicas is not None and weight.linear.reduces_panels(tokens)
+        first = not weight.pending and not local
         norm = self.norms.row(weight) if first and self._normed_at_once(weight, schedule) else None
         result = weight.linear.backward(
             dy, x, weight.storage, mode="keep", need_dx=need_dx, need_dbias=need_dbias, norm=norm
         )
         if result.segment is None:
             raise RuntimeError(f"{weight.name}: the backward kept no factors")
-        weight.keep(result.segment, accumulate=schedule == "accumulate")
+        keep = weight.keep_local if local else weight.keep
+        keep(result.segment, accumulate=schedule == "accumulate")
         self.norms.taken(weight, norm is not None)
-        weight.kept_more = weight.kept_more or not first
-        return result
-
-    def _accumulate(
-        self, weight: FusedWeight, dy: torch.Tensor, x: torch.Tensor, dx: bool, dbias: bool
-    ) -> BackwardResult:
-        """Reduce dW in panels, into the accumulator of the rows that are updated here."""
-        result = weight.linear.backward(
-            dy, x, weight.storage, mode="accumulate",
-            need_dx=dx, need_dbias=dbias, accumulator=weight.sum(),
-        )  # fmt: skip
-        weight.accumulated = True
-        self.norms.taken(weight, False)
+        weight.kept_more = weight.kept_more or not (first or local)
         return result
 
     def _normed_at_once(self, weight: FusedWeight, schedule: str) -> bool:
@@ -268,9 +255,13 @@ class Engine:
         return [weight for weight in self.weights if weight.pending]
 
     def sum_of_squares(self) -> tuple[float, tuple[str, ...]]:
-        """``Σ dW²`` of everything pending in this process, and the names where it is not finite."""
+        """``Σ dW²`` of everything pending in this process, and the names where it is not finite.
+
+        Collective over data-parallel ranks, of which each has the rows that it updates.
+        """
         total, nonfinite = 0.0, []
         pending = self.pending()
+        self._reduce(pending)
         for weight, norm in zip(pending, self.norms.read(pending), strict=True):
             total += norm.sum_of_squares
             if norm.nonfinite or not math.isfinite(norm.sum_of_squares):
@@ -302,7 +293,7 @@ class Engine:
                 factors were overwritten. No weight has changed.
             ValueError: a param group's options do not fit; no weight has changed.
         """
-        grad_scale = float(grad_scale) * self._share
+        grad_scale = float(grad_scale) * self.share
         updated = [weight for weight in self.fused if weight.updated]
         if max_norm and updated:
             raise RuntimeError(
@@ -314,6 +305,7 @@ class Engine:
             weight.check()
         self.scalars.prepare(pending, self.seed, grad_scale)
         self._sum_gradients(pending)
+        self._reduce(pending)
         decision, sums = None, None
         # Under `reduce` every rank has to take part, whatever `auto` chose for its own layers.
         together = not updated or (reduce is not None and self.schedule == "auto")
@@ -345,6 +337,13 @@ class Engine:
         if self.replicas is not None:
             dense = [weight.parameter for weight in pending if isinstance(weight, DenseWeight)]
             self.replicas.sum_gradients(dense)
+
+    def _reduce(self, pending: Sequence[Weight]) -> None:
+        """Sum over data-parallel ranks what was not exchanged."""
+        if self.replicas is not None:
+            for weight in pending:
+                if isinstance(weight, FusedWeight):
+                    weight.reduce()
 
     def _over_replicas(self, weights: Sequence[Weight], sums: torch.Tensor) -> torch.Tensor:
         """Sums of squares of whole gradients.

@@ -272,7 +272,8 @@ def fuse(
         note = f"left: {choice.why}"
         if group is not None and (choice.module is not None or rest):
             spec = _spec(base, choice, group, weight_format, rest_state_format)
-            made.append((choice, _weight(spec, choice, group, context, replicas)))
+            weight = _weight(spec, choice, group, context, replicas, micro_batches)
+            made.append((choice, weight))
             note = f"fused, {spec.weight_format} weight" if choice.module else f"rest: {choice.why}"
         parameter, fused = choice.parameter, choice.module is not None
         rows.append(Row(choice.name, tuple(parameter.shape), parameter.nbytes, fused, note))
@@ -331,6 +332,7 @@ def _weight(
     group: dict[str, Any],
     context: Context | None,
     replicas: Replicas | None,
+    micro_batches: int,
 ) -> Weight:
     device = choice.parameter.device
     others, reduction = None, "auto"
@@ -345,6 +347,7 @@ def _weight(
         device=device,
         data_parallel=others,
         reduction=reduction,
+        micro_batches=micro_batches,
     )
     kind = FusedWeight if choice.module is not None else DenseWeight
     try:

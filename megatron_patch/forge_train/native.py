@@ -1,6 +1,6 @@
 """The C ABI as Python objects: everything that the schedules and the Megatron side build on."""
 
-from ._comm import Comm, HostComm, NcclComm
+from ._comm import Comm, HostComm, NcclComm, comm_of
 from ._context import Context, default_context
 from ._lib import (
     ForgeArgumentError,
@@ -43,6 +43,7 @@ __all__ = [
     "Scalars",
     "Segment",
     "Storage",
+    "comm_of",
     "default_context",
     "update_together",
     "version",

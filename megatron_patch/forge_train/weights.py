@@ -146,6 +146,8 @@ class FusedWeight(Weight):
         accumulator: fp32, of the rows that are updated here; the first step that needs it
             allocates it.
         accumulated: whether the accumulator holds micro-batches of this step.
+        local: factors of this rank's own tokens, whose dW is to be reduced over data-parallel
+            ranks before the step.
         updated: whether this step's update has happened inside the backward.
         plan: why ``auto`` chose its schedule.
         uses: forwards whose graphs are alive.
@@ -167,6 +169,7 @@ class FusedWeight(Weight):
         super().__init__(name, parameter, linear, group)
         self.accumulator: torch.Tensor | None = None
         self.accumulated = False
+        self.local: list[Segment] = []
         self.updated = False
         self.schedule: str | None = None
         self.plan: Plan | None = None
@@ -191,12 +194,12 @@ class FusedWeight(Weight):
     @property
     def pending(self) -> bool:
         """Whether factors or accumulated micro-batches wait for the optimizer step."""
-        return bool(self.segments) or self.accumulated
+        return bool(self.segments or self.local) or self.accumulated
 
     @property
     def factor_bytes(self) -> int:
         """Bytes of the factors held for the step."""
-        return sum(segment.bytes for segment in self.segments)
+        return sum(segment.bytes for segment in (*self.segments, *self.local))
 
     def take_factors(self, dtype: torch.dtype) -> None:
         """Have the step's factors in this dtype, such as bf16 under autocast.
@@ -224,6 +227,7 @@ class FusedWeight(Weight):
                 device=self.linear.device,
                 data_parallel=self.linear.data_parallel,
                 reduction=self.linear.reduction,
+                micro_batches=self.linear.micro_batches,
             )
         self.linear = self._linears[dtype]
         # A plan counts the bytes of factors.
@@ -243,6 +247,26 @@ class FusedWeight(Weight):
         accumulator_bytes = layout.out_owned * layout.in_local * torch.float32.itemsize
         if accumulate and self.factor_bytes > accumulator_bytes:
             self._fold()
+
+    def keep_local(self, segment: Segment, *, accumulate: bool) -> None:
+        """Take a micro-batch's factors that were not exchanged.
+
+        With ``accumulate`` those before are reduced first where all would be larger than the
+        accumulator: so a rank holds no more, and reduces as rarely as that allows.
+        """
+        layout = self.linear.layout
+        most = layout.out_owned * layout.in_local * torch.float32.itemsize
+        if accumulate and self.local and self.factor_bytes + segment.bytes > most:
+            self.reduce()
+        self.local.append(segment)
+
+    def reduce(self) -> None:
+        """Sum dW of kept factors, if there are any, over data-parallel ranks; collective."""
+        if self.local:
+            self.check()
+            self.linear.reduce(self.local, self.sum())
+            self.accumulated = True
+            self.local.clear()
 
     def _fold(self) -> None:
         """Add all kept factors to the accumulator and let go of them."""
@@ -267,7 +291,7 @@ class FusedWeight(Weight):
         Raises:
             RuntimeError: an in-place operation changed an activation or its gradient.
         """
-        if any(segment.overwritten for segment in self.segments):
+        if any(segment.overwritten for segment in (*self.segments, *self.local)):
             raise RuntimeError(
                 f"{self.name}: an input or output gradient kept for the optimizer step was changed "
                 "in place since the backward. Make that operation out-of-place, or exclude this "
@@ -295,6 +319,7 @@ class FusedWeight(Weight):
     def clear(self) -> None:
         """Drop factors; the accumulator's memory stays for the next step."""
         self.segments.clear()
+        self.local.clear()
         self.accumulated = False
         self.schedule = None
 

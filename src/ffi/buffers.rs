@@ -3,10 +3,10 @@
 
 use super::boundary::{check_pointer, check_reserved, read_struct};
 use super::types::{forge_buffer, forge_const_buffer, forge_parameter, forge_segment};
-use crate::backend::{Accumulator, Arrays, Backend, Factors, Matrix};
+use crate::backend::{Accumulator, Arrays, Backend, Factors, Matrix, Shard};
 use crate::error::{Result, bail};
 use crate::format::Dtype;
-use crate::linear::{ArrayLayout, Layout, Linear};
+use crate::linear::{ArrayLayout, Layout, Linear, Shape};
 use crate::rule::MAX_STATES;
 
 /// What a pointer may be: bytes `first..last`, written or only read.
@@ -237,13 +237,30 @@ impl<'a> Checker<'a> {
         })
     }
 
-    /// The segments of a call.
+    /// The segments of a call, of the owned rows.
     ///
     /// # Safety
-    /// `segments` is NULL, misaligned, or readable for `n` elements.
+    /// As [`Checker::segments_of`].
     pub unsafe fn segments(
         &mut self,
         linear: &Linear,
+        segments: *const forge_segment,
+        n: u32,
+    ) -> Result<Vec<Factors>> {
+        let (shape, dtype) = (&linear.shape, linear.scheme.factor_dtype);
+        // SAFETY: as promised by the caller.
+        unsafe { self.segments_of(shape, &shape.owned(), dtype, segments, n) }
+    }
+
+    /// The segments of a call, of a shard.
+    ///
+    /// # Safety
+    /// `segments` is NULL, misaligned, or readable for `n` elements.
+    pub unsafe fn segments_of(
+        &mut self,
+        shape: &Shape,
+        shard: &Shard,
+        dtype: Dtype,
         segments: *const forge_segment,
         n: u32,
     ) -> Result<Vec<Factors>> {
@@ -253,12 +270,11 @@ impl<'a> Checker<'a> {
         check_pointer("segments", segments)?;
         // SAFETY: readable for n elements, as promised by the caller.
         let segments = unsafe { std::slice::from_raw_parts(segments, n as usize) };
-        let (shard, dtype) = (linear.shape.owned(), linear.scheme.factor_dtype);
         let mut out = Vec::with_capacity(segments.len());
         let mut total: u64 = 0;
         for (i, s) in segments.iter().enumerate() {
             total = total.saturating_add(s.tokens);
-            linear.shape.check_unsplit_tokens(total)?;
+            shape.check_unsplit_tokens(total)?;
             let name = format!("segments[{i}].dy");
             let dy = self.factor(&name, &s.dy, s.tokens, shard.rows as u64, s.dy_stride, dtype)?;
             let name = format!("segments[{i}].x");

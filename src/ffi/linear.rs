@@ -3,6 +3,7 @@
 use super::boundary::{boundary, check_out_struct, check_pointer, handle, read_struct};
 use super::comm::forge_comm;
 use super::context::forge_context;
+use super::enums::forge_backward_mode;
 use super::types::{
     forge_array_layout, forge_layout, forge_linear_config, forge_plan, forge_plan_request,
 };
@@ -95,7 +96,9 @@ pub unsafe extern "C" fn forge_linear_new(
 /// gradient. `reduction` (a forge_reduction) says how dW is summed; a backward and an update start to gather W, and
 /// forge_comm_wait of `data_parallel` comes before W is read. Ranks make the same calls with the same tokens.
 ///
-/// A gradient is the sum over ranks: divide by their number with grad_scale where the loss is a mean.
+/// `micro_batches` is how many backwards a step has, at least 1: FORGE_REDUCTION_AUTO compares factors that are
+/// exchanged in each with panels that are reduced once. A gradient is the sum over ranks: divide by their number with
+/// grad_scale where the loss is a mean.
 ///
 /// Errors: as forge_linear_new; FORGE_ERROR_SHARD (rows that do not divide by the ranks of `data_parallel`);
 /// FORGE_ERROR_NULL (collectives of the caller's without `all_to_all`).
@@ -108,6 +111,7 @@ pub unsafe extern "C" fn forge_linear_new_data_parallel(
     comm: *mut forge_comm,
     data_parallel: *mut forge_comm,
     reduction: u32,
+    micro_batches: u32,
     config: *const forge_linear_config,
     out_linear: *mut *mut forge_linear,
 ) -> forge_status {
@@ -116,7 +120,11 @@ pub unsafe extern "C" fn forge_linear_new_data_parallel(
         let replicas = unsafe { handle("data_parallel", data_parallel)? };
         let reduction = enums::reduction("reduction", reduction)?;
         replicas.comm.check_complete()?;
-        let data_parallel = DataParallel { comm: replicas.comm.clone(), reduction };
+        if micro_batches == 0 {
+            bail!(FORGE_ERROR_SHAPE, "micro_batches: 0; a step has at least one");
+        }
+        let replicas = replicas.comm.clone();
+        let data_parallel = DataParallel { comm: replicas, reduction, micro_batches };
         // SAFETY: as promised by the caller.
         unsafe { new(context, comm, Some(data_parallel), config, out_linear) }
     })
@@ -221,8 +229,8 @@ pub unsafe extern "C" fn forge_linear_layout(
     })
 }
 
-/// Bytes of workspace that a forge_linear_backward of this many (gathered) tokens needs: 0 without sequence
-/// parallelism and data parallelism. Not the context's workspace.
+/// Bytes of workspace that a forge_linear_backward of this mode (a forge_backward_mode) and of this many (gathered)
+/// tokens needs: 0 without sequence parallelism and data parallelism. Not the context's workspace.
 ///
 /// Errors: FORGE_ERROR_OVERFLOW, FORGE_ERROR_SHARD (tokens that do not divide by the ranks).
 ///
@@ -231,6 +239,7 @@ pub unsafe extern "C" fn forge_linear_layout(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn forge_linear_workspace(
     linear: *const forge_linear,
+    mode: u32,
     tokens: u64,
     out_bytes: *mut u64,
 ) -> forge_status {
@@ -239,7 +248,8 @@ pub unsafe extern "C" fn forge_linear_workspace(
         // SAFETY: as promised by the caller.
         let linear = unsafe { &handle("linear", linear)?.linear };
         linear.shape.check_tokens(tokens)?;
-        let bytes = linear.workspace_bytes(tokens as usize);
+        let keeps = enums::backward_mode("mode", mode)? == forge_backward_mode::FORGE_BACKWARD_KEEP;
+        let bytes = linear.workspace_bytes(keeps, tokens as usize);
         // SAFETY: checked above.
         unsafe { *out_bytes = bytes as u64 };
         Ok(())

@@ -181,7 +181,9 @@ pub unsafe extern "C" fn forge_linear_backward(
             let dx = check.output("dx", &b.dx, x_rows as u64 * cols, dtype)?;
             let dbias = check.output("dbias", &b.dbias, rows, dtype)?;
 
-            let needed = linear.workspace_bytes(tokens) as u64;
+            let backward_mode = enums::backward_mode("mode", b.mode)?;
+            let keeps = backward_mode == forge_backward_mode::FORGE_BACKWARD_KEEP;
+            let needed = linear.workspace_bytes(keeps, tokens) as u64;
             if b.workspace.bytes < needed {
                 bail!(
                     FORGE_ERROR_BUFFER_SIZE,
@@ -195,7 +197,7 @@ pub unsafe extern "C" fn forge_linear_backward(
             }
 
             let buffer = &b.accumulator;
-            let mode = match enums::backward_mode("mode", b.mode)? {
+            let mode = match backward_mode {
                 forge_backward_mode::FORGE_BACKWARD_UPDATE => Mode::Update {
                     step: read_step(linear, b.step)?,
                     accumulator: check.accumulator(
@@ -217,11 +219,12 @@ pub unsafe extern "C" fn forge_linear_backward(
                     }
                 }
                 forge_backward_mode::FORGE_BACKWARD_KEEP => {
-                    if linear.data_parallel.is_some() && !linear.exchanges(tokens) {
+                    let local = linear.data_parallel.is_some() && !linear.exchanges(tokens);
+                    if local && !b.device_norm.is_null() {
                         bail!(
                             FORGE_ERROR_UNSUPPORTED,
-                            "mode: FORGE_BACKWARD_KEEP keeps exchanged factors, but dW of {tokens} tokens is reduced \
-                             in panels; use FORGE_BACKWARD_ACCUMULATE, or FORGE_REDUCTION_EXCHANGE"
+                            "device_norm: dW of {tokens} tokens is reduced in panels, and is not known before; take \
+                             the norm of what forge_linear_reduce leaves"
                         );
                     }
                     Mode::Keep { norm: b.device_norm.cast() }
@@ -485,6 +488,61 @@ pub unsafe extern "C" fn forge_linear_norm_async(
     let call = NormCall { linear, segments, n_segments, accumulator, method, stream };
     // SAFETY: as promised by the caller.
     boundary(|| unsafe { norm(call, device_out, true) })
+}
+
+/// `accumulator += Σ dYᵀX` over all segments and all data-parallel ranks, for the owned rows, in panels: of the factors
+/// that FORGE_BACKWARD_KEEP left to the caller where dW is reduced in panels. These are of the caller's own tokens and of
+/// all its rows: segments here have dy [tokens, out_local].
+///
+/// Written: `accumulator`, fp32 [out_owned, in_local], and `workspace`, of forge_linear_workspace for
+/// FORGE_BACKWARD_ACCUMULATE and the tokens of any segment.
+///
+/// Errors: FORGE_ERROR_UNSUPPORTED (the linear is not data parallel), FORGE_ERROR_COLLECTIVE; as
+/// forge_linear_backward.
+///
+/// # Safety
+/// As forge_linear_backward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forge_linear_reduce(
+    linear: *mut forge_linear,
+    segments: *const forge_segment,
+    n_segments: u32,
+    accumulator: forge_buffer,
+    workspace: forge_buffer,
+    stream: *mut c_void,
+) -> forge_status {
+    boundary(|| {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let forge_linear { linear, layout } = handle("linear", linear)?;
+            let stream = Stream(stream);
+            linear.backend.check_stream(stream)?;
+            if linear.data_parallel.is_none() {
+                bail!(
+                    FORGE_ERROR_UNSUPPORTED,
+                    "linear: not data parallel; use forge_linear_accumulate"
+                );
+            }
+            let mut check = Checker::new(&*linear.backend);
+            let (shape, dtype) = (&linear.shape, linear.scheme.factor_dtype);
+            let factors = check.segments_of(shape, &shape.shard, dtype, segments, n_segments)?;
+            let (data, bytes) = (accumulator.data.cast(), accumulator.bytes);
+            let Some(accumulator) = check.accumulator(data, bytes, layout, true)? else {
+                bail!(FORGE_ERROR_NULL, "accumulator: data is NULL");
+            };
+            let needed = shape.panel_workspace() as u64;
+            if workspace.bytes < needed {
+                bail!(
+                    FORGE_ERROR_BUFFER_SIZE,
+                    "workspace: {} bytes, {needed} needed; see forge_linear_workspace",
+                    workspace.bytes
+                );
+            }
+            check.buffer("workspace", workspace.data.cast(), needed, Dtype::F32, true)?;
+            check.finish()?;
+            linear.reduce(&factors, accumulator, workspace.data.cast(), stream)
+        }
+    })
 }
 
 /// Starts to gather W from the data-parallel ranks, each of which has written the rows that it owns: an import does

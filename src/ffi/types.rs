@@ -404,9 +404,9 @@ pub struct forge_backward {
     pub dx: forge_buffer,
     /// `[out_local]`, factor_dtype.
     pub dbias: forge_buffer,
-    /// forge_linear_workspace bytes. With SP the gathered factor is left at its start. With data parallelism the
-    /// exchanged factors are: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY
-    /// [tokens of all ranks, out_owned].
+    /// forge_linear_workspace bytes. With SP the gathered factor is left at its start. Where factors are exchanged
+    /// these are: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY [tokens of all
+    /// ranks, out_owned].
     pub workspace: forge_buffer,
     /// fp32 [out_owned, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
     /// (data NULL: none).
@@ -489,7 +489,7 @@ pub struct forge_plan {
     pub accumulator_bytes: u64,
     /// What a stock fp32 gradient of the owned rows takes.
     pub gradient_bytes: u64,
-    /// Received to sum dW of a micro-batch over data-parallel ranks; W is gathered besides.
+    /// Received in a step to sum dW over data-parallel ranks; W is gathered besides.
     pub wire_bytes: u64,
     /// A forge_reduction, AUTO where nothing is summed.
     pub reduction: u32,

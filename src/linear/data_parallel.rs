@@ -31,6 +31,8 @@ pub struct DataParallel {
     pub comm: Arc<dyn Comm>,
     /// As asked for.
     pub reduction: Reduction,
+    /// Backwards in a step: factors are exchanged in each, panels may be reduced once for all.
+    pub micro_batches: u32,
 }
 
 /// Bytes of a panel of fp32, of which there are two.
@@ -69,25 +71,16 @@ struct PanelPlaces {
     bytes: usize,
 }
 
-impl Reduction {
-    /// The one for this many tokens of a rank, which every rank must have: by bytes that a rank receives.
-    pub fn choose(self, shape: &Shape, tokens: usize, dtype: Dtype) -> Self {
-        if self != Self::Auto {
-            return self;
-        }
-        let bytes = |r: Self| r.wire_bytes(shape, tokens, dtype);
-        if bytes(Self::Exchange) <= bytes(Self::Panels) { Self::Exchange } else { Self::Panels }
-    }
+/// Bytes that a rank receives to exchange the factors of this many tokens of each rank.
+pub fn exchange_bytes(shape: &Shape, tokens: u64, dtype: Dtype) -> u128 {
+    let (others, owned) = ((shape.replicas - 1) as u128, shape.owned());
+    others * u128::from(tokens) * (owned.rows + owned.cols) as u128 * dtype.bytes() as u128
+}
 
-    /// Bytes that a rank receives for dW of a micro-batch; W is gathered besides.
-    pub fn wire_bytes(self, shape: &Shape, tokens: usize, dtype: Dtype) -> u64 {
-        let (others, owned) = ((shape.replicas - 1) as u64, shape.owned());
-        let (rows, cols) = (owned.rows as u64, owned.cols as u64);
-        match self.choose(shape, tokens, dtype) {
-            Self::Panels => others * rows * cols * 4,
-            _ => others * tokens as u64 * (rows + cols) * dtype.bytes() as u64,
-        }
-    }
+/// Bytes that a rank receives when panels of dW are reduced once.
+pub fn panel_bytes(shape: &Shape) -> u128 {
+    let owned = shape.owned();
+    (shape.replicas - 1) as u128 * (owned.rows * owned.cols * 4) as u128
 }
 
 impl ExchangePlaces {
@@ -135,16 +128,24 @@ impl Shape {
         Shard { rows, row_offset: self.shard.row_offset + first as u64, ..self.shard }
     }
 
-    /// Bytes that the reduction needs of a backward's workspace, at its start.
-    pub fn reduction_bytes(&self, reduction: Reduction, tokens: usize, dtype: Dtype) -> usize {
-        match reduction.choose(self, tokens, dtype) {
-            Reduction::Panels => PanelPlaces::new(self).bytes,
-            _ => ExchangePlaces::new(self, tokens, dtype).bytes,
-        }
+    /// Bytes that panels need of a workspace.
+    pub fn panel_workspace(&self) -> usize {
+        PanelPlaces::new(self).bytes
     }
 }
 
 impl DataParallel {
+    /// How dW of this many tokens of a rank is summed, which every rank must have: by bytes of a step that a rank
+    /// receives.
+    pub fn choose(&self, shape: &Shape, tokens: usize, dtype: Dtype) -> Reduction {
+        if self.reduction != Reduction::Auto {
+            return self.reduction;
+        }
+        let exchanged =
+            exchange_bytes(shape, tokens as u64, dtype) * u128::from(self.micro_batches);
+        if exchanged <= panel_bytes(shape) { Reduction::Exchange } else { Reduction::Panels }
+    }
+
     /// Starts to send dY to the owners of its columns.
     ///
     /// # Safety
@@ -221,7 +222,7 @@ impl DataParallel {
         backend: &dyn Backend,
         scheme: &Scheme,
         shape: &Shape,
-        factors: Factors,
+        factors: &[Factors],
         accumulator: Option<Accumulator>,
         writes_accumulator: bool,
         workspace: *mut u8,
@@ -255,10 +256,13 @@ impl DataParallel {
                     let at = owner * owned.rows + first;
                     let row_offset = shape.shard.row_offset + at as u64;
                     let shard = Shard { rows, row_offset, ..shape.shard };
-                    let dy = factors.dy.skip_columns(at, scheme.factor_dtype);
-                    let factors = [Factors { dy, ..factors }];
+                    let of_rows = |f: &Factors| Factors {
+                        dy: f.dy.skip_columns(at, scheme.factor_dtype),
+                        ..*f
+                    };
+                    let own: Vec<Factors> = factors.iter().map(of_rows).collect();
                     let sum = Accumulator::fp32(part);
-                    backend.accumulate(scheme, &shard, &factors, sum, stream)?;
+                    backend.accumulate(scheme, &shard, &own, sum, stream)?;
                 }
                 // The panel before this one, which was reduced while this one was multiplied.
                 self.comm.wait(stream)?;

@@ -5,7 +5,7 @@ mod group;
 mod plan;
 mod shape;
 
-pub use data_parallel::{DataParallel, ExchangePlaces, Reduction};
+pub use data_parallel::{DataParallel, ExchangePlaces, Reduction, exchange_bytes, panel_bytes};
 pub use group::{GroupUpdate, update_group};
 pub use plan::{Plan, PlanRequest, Schedule};
 pub use shape::{ArrayLayout, Layout, Parallel, Shape};
@@ -15,7 +15,7 @@ use crate::backend::{
     Scheme, StepSource, Stream,
 };
 use crate::comm::Comm;
-use crate::error::Result;
+use crate::error::{Result, bail};
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -110,10 +110,8 @@ impl Linear {
         let replicas = self.data_parallel.as_ref().filter(|_| b.tokens > 0);
         let exchange = replicas.filter(|_| self.exchanges(b.tokens));
         let what = (shape, dtype);
-        let reduced = self
-            .data_parallel
-            .as_ref()
-            .map_or(0, |r| shape.reduction_bytes(r.reduction, b.tokens, dtype));
+        let keeps = matches!(b.mode, Mode::Keep { .. });
+        let reduced = self.reduction_bytes(keeps, b.tokens);
 
         // SAFETY: sizes were checked against `Linear::workspace_bytes` and the layouts; operations on
         // one buffer are ordered by `wait`.
@@ -182,20 +180,21 @@ impl Linear {
             match b.mode {
                 Mode::Update { step, accumulator } => {
                     let (arrays, deliver) = (&b.arrays, b.deliver);
-                    let sum = match panels {
-                        Some(replicas) => Some(self.reduce(replicas, factors, accumulator, b)?),
-                        None => accumulator,
-                    };
                     let own = [factors];
-                    let left = if panels.is_some() { &own[..0] } else { &own[..] };
+                    let (left, sum) = match panels {
+                        Some(_) => {
+                            let to = b.workspace;
+                            let sum = self.sum_panels(&own, accumulator, false, to, b.stream)?;
+                            (&own[..0], Some(sum))
+                        }
+                        None => (&own[..], accumulator),
+                    };
                     told.report = self.update(left, sum, arrays, &step, deliver, b.stream)?;
                 }
-                Mode::Accumulate(buffer) => match panels {
-                    Some(replicas) => {
-                        self.reduce(replicas, factors, Some(buffer), b)?;
-                    }
-                    None => self.accumulate(&[factors], buffer, b.stream)?,
-                },
+                Mode::Accumulate(buffer) if panels.is_some() => {
+                    self.reduce(&[factors], buffer, b.workspace, b.stream)?;
+                }
+                Mode::Accumulate(buffer) => self.accumulate(&[factors], buffer, b.stream)?,
                 Mode::Keep { norm } if !norm.is_null() => {
                     let deliver = Deliver { host: false, device: norm };
                     told.norm = self.norm(&[factors], None, NormMethod::Auto, deliver, b.stream)?;
@@ -207,49 +206,79 @@ impl Linear {
         }
     }
 
-    /// dW of the owned rows, summed over the ranks by panels; in the accumulator where the mode is to write it.
+    /// `accumulator += Σ dYᵀX` of the owned rows and of all ranks, by panels; factors are of all rows of the shard,
+    /// of this rank's tokens.
     ///
     /// # Safety
-    /// As [`Linear::backward`].
-    unsafe fn reduce(
+    /// As [`Linear::backward`]; `workspace` has [`Shape::panel_workspace`].
+    pub unsafe fn reduce(
         &self,
-        replicas: &DataParallel,
-        factors: Factors,
+        factors: &[Factors],
+        accumulator: Accumulator,
+        workspace: *mut u8,
+        stream: Stream,
+    ) -> Result<()> {
+        // SAFETY: as promised by the caller.
+        unsafe { self.sum_panels(factors, Some(accumulator), true, workspace, stream)? };
+        Ok(())
+    }
+
+    /// The same into the workspace, or where `writes` says so into the accumulator itself.
+    ///
+    /// # Safety
+    /// As [`Linear::reduce`].
+    unsafe fn sum_panels(
+        &self,
+        factors: &[Factors],
         accumulator: Option<Accumulator>,
-        b: &Backward,
+        writes: bool,
+        workspace: *mut u8,
+        stream: Stream,
     ) -> Result<Accumulator> {
-        let writes = matches!(b.mode, Mode::Accumulate(_));
+        let Some(replicas) = &self.data_parallel else {
+            bail!(FORGE_ERROR_UNSUPPORTED, "linear: not data parallel; nothing is reduced");
+        };
+        let (backend, scheme, shape) = (&*self.backend, &self.scheme, &self.shape);
         // SAFETY: as promised by the caller.
         unsafe {
             replicas.reduce_panels(
-                &*self.backend,
-                &self.scheme,
-                &self.shape,
+                backend,
+                scheme,
+                shape,
                 factors,
                 accumulator,
                 writes,
-                b.workspace,
-                b.stream,
+                workspace,
+                stream,
             )
         }
     }
 
     /// Whether a backward of this many tokens exchanges factors.
     pub fn exchanges(&self, tokens: usize) -> bool {
-        self.data_parallel.as_ref().is_some_and(|replicas| {
-            let dtype = self.scheme.factor_dtype;
-            replicas.reduction.choose(&self.shape, tokens, dtype) == Reduction::Exchange
-        })
+        let dtype = self.scheme.factor_dtype;
+        let chosen = |r: &DataParallel| r.choose(&self.shape, tokens, dtype);
+        self.data_parallel.as_ref().map(chosen) == Some(Reduction::Exchange)
     }
 
-    /// Bytes that a backward of this many tokens needs beside its buffers.
-    pub fn workspace_bytes(&self, tokens: usize) -> usize {
-        let dtype = self.scheme.factor_dtype;
-        let reduced = self
-            .data_parallel
-            .as_ref()
-            .map_or(0, |r| self.shape.reduction_bytes(r.reduction, tokens, dtype));
-        reduced + self.shape.workspace_bytes(tokens, dtype)
+    /// Bytes at the start of a workspace that dW's reduction needs.
+    fn reduction_bytes(&self, keeps: bool, tokens: usize) -> usize {
+        if self.data_parallel.is_none() {
+            0
+        } else if self.exchanges(tokens) {
+            ExchangePlaces::new(&self.shape, tokens, self.scheme.factor_dtype).bytes
+        } else if keeps {
+            // Factors that stay here.
+            0
+        } else {
+            self.shape.panel_workspace()
+        }
+    }
+
+    /// Bytes that a backward of this many tokens, which keeps its factors or not, needs beside its buffers.
+    pub fn workspace_bytes(&self, keeps: bool, tokens: usize) -> usize {
+        let gathered = self.shape.workspace_bytes(tokens, self.scheme.factor_dtype);
+        self.reduction_bytes(keeps, tokens) + gathered
     }
 
     /// The fused update over the tokens of all segments.

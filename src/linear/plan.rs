@@ -1,6 +1,6 @@
 //! Which schedule a layer gets, from bytes.
 
-use super::{Linear, Reduction};
+use super::{Linear, Reduction, exchange_bytes, panel_bytes};
 use crate::error::{Result, bail};
 
 /// When the update happens.
@@ -43,7 +43,7 @@ pub struct Plan {
     pub gradient_bytes: u64,
     /// How dW is summed over data-parallel ranks; None where there is one.
     pub reduction: Option<Reduction>,
-    /// Received for that, in a micro-batch.
+    /// Received for that in a step, where panels are reduced once.
     pub wire_bytes: u64,
     /// One sentence.
     pub reason: String,
@@ -57,19 +57,27 @@ impl Linear {
         if micro_batches == 0 {
             bail!(FORGE_ERROR_SHAPE, "micro_batches: 0; a step has at least one");
         }
-        let shard = self.shape.owned();
-        let gradient_bytes = (shard.rows * shard.cols * 4) as u64;
-        let per_token = ((shard.rows + shard.cols) * self.scheme.factor_dtype.bytes()) as u64;
-        let tokens = request.tokens_per_micro_batch;
-        let panels = self.data_parallel.is_some() && !self.exchanges(tokens as usize);
-        // u128: nothing bounds the number of micro-batches. Those of all data-parallel ranks are kept by each.
-        let one = u128::from(tokens) * self.shape.replicas as u128 * u128::from(per_token);
+        let (shard, owned, tokens) =
+            (&self.shape.shard, self.shape.owned(), request.tokens_per_micro_batch);
+        let gradient_bytes = (owned.rows * owned.cols * 4) as u64;
+        let dtype = self.scheme.factor_dtype;
+        let replicas = self.data_parallel.as_ref();
+        let reduction = replicas.map(|r| r.choose(&self.shape, tokens as usize, dtype));
+        let panels = reduction == Some(Reduction::Panels);
+        // Exchanged factors are of the tokens of all data-parallel ranks and of the owned rows, others of this rank's
+        // and of all its rows.
+        let (of_tokens, rows) =
+            if panels { (1, shard.rows) } else { (self.shape.replicas, owned.rows) };
+        let per_token = (of_tokens * (rows + shard.cols) * dtype.bytes()) as u64;
+        // u128: nothing bounds the number of micro-batches.
+        let one = u128::from(tokens) * u128::from(per_token);
         let all = one * u128::from(micro_batches);
         let saturate = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
         let immediate_is_possible = micro_batches == 1 && !needs_norm;
         // The last micro-batch joins the update's own pass, unless its factors outgrow the buffer.
-        let last = if one <= u128::from(gradient_bytes) && !panels { one } else { 0 };
-        let buffered = u128::from(gradient_bytes) + last;
+        let last = if one <= u128::from(gradient_bytes) { one } else { 0 };
+        // What panels are reduced to is a buffer under any schedule.
+        let buffered = u128::from(gradient_bytes) + if panels { 0 } else { last };
 
         let (schedule, reason) = match request.schedule {
             Schedule::Immediate if !immediate_is_possible => bail!(
@@ -82,16 +90,6 @@ impl Linear {
             Schedule::Auto if immediate_is_possible => {
                 (Schedule::Immediate, "one micro-batch, no clipping: nothing is kept".to_string())
             }
-            Schedule::Deferred if panels => bail!(
-                FORGE_ERROR_UNSUPPORTED,
-                "schedule: 'deferred' keeps factors, and {tokens} tokens of a rank are too many to exchange them: \
-                 panels of dW are reduced; use 'accumulate' or 'auto', or FORGE_REDUCTION_EXCHANGE"
-            ),
-            Schedule::Auto if panels => (
-                Schedule::Accumulate,
-                "panels of dW are reduced over data-parallel ranks, each keeps the rows that it owns"
-                    .to_string(),
-            ),
             Schedule::Auto if all <= buffered => (
                 Schedule::Deferred,
                 format!("factors of the step ({all} B) are no more than a buffer ({buffered} B)"),
@@ -103,21 +101,25 @@ impl Linear {
             asked => (asked, "as asked".to_string()),
         };
         let (factor_bytes, accumulator_bytes) = match schedule {
+            Schedule::Deferred if panels => (saturate(all), gradient_bytes),
             Schedule::Deferred => (saturate(all), 0),
+            // As many micro-batches wait for a reduction as are no more than the buffer.
+            Schedule::Accumulate if panels => {
+                let most = all.min(u128::from(gradient_bytes).max(one));
+                (saturate(most), gradient_bytes)
+            }
             // The only micro-batch is the last one, and where its factors are kept nothing is left
             // for a buffer.
-            Schedule::Accumulate if micro_batches == 1 && last == one && !panels => {
-                (saturate(one), 0)
-            }
+            Schedule::Accumulate if micro_batches == 1 && last == one => (saturate(one), 0),
             Schedule::Accumulate => (saturate(last), gradient_bytes),
             _ => (0, 0),
         };
-        let replicas = self.data_parallel.as_ref();
-        let reduction =
-            replicas.map(|_| if panels { Reduction::Panels } else { Reduction::Exchange });
-        let wire_bytes = reduction.map_or(0, |reduction| {
-            reduction.wire_bytes(&self.shape, tokens as usize, self.scheme.factor_dtype)
-        });
+        let wire = match reduction {
+            None => 0,
+            Some(Reduction::Panels) => panel_bytes(&self.shape),
+            Some(_) => exchange_bytes(&self.shape, tokens, dtype) * u128::from(micro_batches),
+        };
+        let wire_bytes = saturate(wire);
         Ok(Plan {
             schedule,
             factor_bytes,

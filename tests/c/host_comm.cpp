@@ -230,7 +230,7 @@ Result train(forge_linear *linear, const Case &c, int rank, const Problem &probl
     result.dbias.resize(layout.out_local);
 
     uint64_t workspace_bytes = 0;
-    OK(forge_linear_workspace(linear, TOKENS, &workspace_bytes));
+    OK(forge_linear_workspace(linear, FORGE_BACKWARD_UPDATE, TOKENS, &workspace_bytes));
     std::vector<float> workspace((workspace_bytes + 3) / 4);
 
     forge_step step{};

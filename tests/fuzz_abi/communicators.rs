@@ -9,7 +9,7 @@ use super::world::{Context, Failure, FakeRank, collectives, sized};
 use forge::error::forge_status::*;
 use forge::ffi::comm::*;
 use forge::ffi::linear::*;
-use forge::ffi::run::forge_linear_gather_weight;
+use forge::ffi::run::{forge_linear_gather_weight, forge_linear_reduce};
 use forge::ffi::types::*;
 use std::cell::Cell;
 use std::ptr::null_mut;
@@ -146,11 +146,15 @@ pub fn data_parallel(context: &Context, random: &mut Random, tally: &mut Tally, 
     let mut reduction = random.below(3) as u32;
     let mut out = Out::new::<*mut forge_linear>(null_mut());
     let (mut solo, mut others) = (null_mut(), null_mut());
-    let mut lacks = false;
+    let (mut lacks, mut steps) = (false, 1 + random.below(3) as u32);
     let expected = if !spoilt {
         None
     } else {
-        match random.below(5) {
+        match random.below(6) {
+            4 => {
+                steps = 0;
+                wrong(FORGE_ERROR_SHAPE, "micro_batches")
+            }
             0 => out.spoil(random, "out_linear"),
             1 => {
                 reduction = random.pick(&[3, u32::MAX]);
@@ -179,7 +183,7 @@ pub fn data_parallel(context: &Context, random: &mut Random, tally: &mut Tally, 
     let given = if lacks { null_mut() } else { others };
     // SAFETY: as above.
     let status = call(tally, expected, &out, || unsafe {
-        forge_linear_new_data_parallel(context.0, solo, given, reduction, &config, out.ptr())
+        forge_linear_new_data_parallel(context.0, solo, given, reduction, steps, &config, out.ptr())
     });
     if status == FORGE_OK {
         let linear: *mut forge_linear = out.memory.read();
@@ -204,6 +208,7 @@ fn gather(linear: *mut forge_linear, size: usize, random: &mut Random, tally: &m
     assert_eq!(unsafe { forge_linear_layout(linear, &mut layout) }, FORGE_OK);
     assert_eq!((layout.out_local, layout.out_owned), (4 * size as u64, 4));
     assert_eq!(layout.states[0].rows, 4);
+    reduce(linear, &layout, size, random, tally);
     let weight = Guarded::new(layout.weight.bytes as usize);
     let mut buffer = forge_buffer { data: weight.ptr().cast(), bytes: layout.weight.bytes };
     let expected = match random.below(4) {
@@ -221,4 +226,58 @@ fn gather(linear: *mut forge_linear, size: usize, random: &mut Random, tally: &m
     let status = unsafe { forge_linear_gather_weight(linear, buffer, null_mut()) };
     tally.count(status, expected.as_slice());
     assert!(weight.guards_are_intact());
+}
+
+/// dW of two tokens, reduced in panels: every fake peer has this rank's.
+fn reduce(
+    linear: *mut forge_linear,
+    layout: &forge_layout,
+    size: usize,
+    random: &mut Random,
+    tally: &mut Tally,
+) {
+    const TOKENS: usize = 2;
+    let (rows, cols) = (layout.out_local as usize, layout.in_local as usize);
+    let (dy, x) = (vec![1f32; TOKENS * rows], vec![2f32; TOKENS * cols]);
+    let constant = |values: &[f32]| forge_const_buffer {
+        data: values.as_ptr().cast(),
+        bytes: 4 * values.len() as u64,
+    };
+    let mut segment = forge_segment {
+        dy: constant(&dy),
+        x: constant(&x),
+        tokens: TOKENS as u64,
+        dy_stride: 0,
+        x_stride: 0,
+    };
+    let sum = Guarded::new(layout.accumulator.bytes as usize);
+    // More than any panels of a layer this small take.
+    let scratch = Guarded::new(1 << 14);
+    let mut accumulator = forge_buffer { data: sum.ptr().cast(), bytes: layout.accumulator.bytes };
+    let mut workspace = forge_buffer { data: scratch.ptr().cast(), bytes: 1 << 14 };
+    let expected = match random.below(6) {
+        0 => {
+            workspace.bytes = 8;
+            wrong(FORGE_ERROR_BUFFER_SIZE, "workspace")
+        }
+        1 => {
+            accumulator.data = null_mut();
+            wrong(FORGE_ERROR_NULL, "accumulator")
+        }
+        2 if size > 1 => {
+            // As if it were of the owned rows.
+            segment.dy.bytes /= size as u64;
+            wrong(FORGE_ERROR_BUFFER_SIZE, "segments[0].dy")
+        }
+        3 => {
+            accumulator.data = workspace.data;
+            wrong(FORGE_ERROR_OVERLAP, "accumulator")
+        }
+        _ => None,
+    };
+    // SAFETY: buffers have the sizes that they say.
+    let status =
+        unsafe { forge_linear_reduce(linear, &segment, 1, accumulator, workspace, null_mut()) };
+    tally.count(status, expected.as_slice());
+    assert!(sum.guards_are_intact() && scratch.guards_are_intact());
 }

@@ -240,7 +240,7 @@ fn describe(linear: *mut forge_linear, random: &mut Random) -> forge_status {
             let size = if k < layout.n_states as usize { state.bytes / elements } else { 0 };
             assert!(state.bytes == size * elements && size <= 4);
         }
-        forge_linear_workspace(linear, random.any(), &mut bytes);
+        forge_linear_workspace(linear, random.any() as u32, random.any(), &mut bytes);
         forge_linear_check_step(linear, &step);
         let status = forge_linear_plan(linear, &request, &mut plan);
         assert!(status != FORGE_OK || (1..=3).contains(&plan.schedule));

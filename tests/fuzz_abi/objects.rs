@@ -307,10 +307,15 @@ fn layout_and_workspace(world: &World, random: &mut Random, tally: &mut Tally, s
     let ranks = world.ranks() as u64;
     let splits = world.config.sequence_parallel == 1 && ranks > 1;
     let mut tokens = ranks * random.below(1 << 20) as u64;
+    let mut mode = random.below(3) as u32;
     let mut expected = None;
     if spoilt {
-        expected = match random.below(3) {
+        expected = match random.below(4) {
             0 => out.spoil(random, "out_bytes"),
+            3 => {
+                mode = random.pick(&[3, u32::MAX]);
+                wrong(FORGE_ERROR_ENUM, "mode")
+            }
             1 if splits => {
                 tokens += 1;
                 wrong(FORGE_ERROR_SHARD, "tokens")
@@ -322,7 +327,7 @@ fn layout_and_workspace(world: &World, random: &mut Random, tally: &mut Tally, s
         };
     }
     // SAFETY: as above.
-    let make = || unsafe { forge_linear_workspace(world.linear, tokens, out.ptr()) };
+    let make = || unsafe { forge_linear_workspace(world.linear, mode, tokens, out.ptr()) };
     let status = call(tally, expected, &out, make);
     if status == FORGE_OK && !splits {
         let gathered: u64 = out.memory.read();

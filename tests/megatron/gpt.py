@@ -65,6 +65,7 @@ class Case:
     weight_format: str = "fp32"
     state_format: str = "fp32"
     schedule: str = "auto"
+    reduction: str = "auto"
     model: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +141,7 @@ class Run:
                 micro_batches=case.micro_batches,
                 tokens_per_micro_batch=SEQUENCE * MICRO_BATCH,
                 seed=11,
+                data_parallel_reduction=case.reduction,
             )
         self.ddp = DistributedDataParallel(
             config=self.config,
@@ -180,7 +182,8 @@ class Run:
         self.step = 0
 
     def _batch(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(1000 * self.step + micro_batch)
+        rank = parallel_state.get_data_parallel_rank()
+        generator = torch.Generator().manual_seed(10**6 * rank + 1000 * self.step + micro_batch)
         tokens = torch.randint(0, VOCAB, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
         # Half of the targets are predictable, so that the loss moves within a few steps.
         tokens[:, 1::2] = (tokens[:, 0::2][:, : tokens[:, 1::2].shape[1]] + 1) % VOCAB

@@ -78,7 +78,7 @@ def a_removed_fusion_trains_as_stock_again(_: Path) -> None:
 # -- following stock ------------------------------------------------------------------------------
 
 
-def _follow(case: Case, loss: float = 1e-5, norm: float = 1e-4) -> Run:
+def follow(case: Case, loss: float = 1e-5, norm: float = 1e-4) -> Run:
     stock, run = Run(case.stock()), Run(case)
     stock_losses, stock_norms = stock.train()
     losses, norms = run.train()
@@ -96,7 +96,7 @@ def _follow(case: Case, loss: float = 1e-5, norm: float = 1e-4) -> Run:
 def _follows(sequence_parallel: bool) -> None:
     for clip_grad in (0.0, 1.0):
         for micro_batches in (1, 4):
-            _follow(
+            follow(
                 Case(
                     sequence_parallel=sequence_parallel,
                     clip_grad=clip_grad,
@@ -122,17 +122,17 @@ def recomputed_activations_follow_stock(_: Path) -> None:
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     }
-    _follow(Case(model=recompute, clip_grad=1.0, sequence_parallel=tp() > 1))
+    follow(Case(model=recompute, clip_grad=1.0, sequence_parallel=tp() > 1))
 
 
 @scenario(1)
 def overlapped_gradient_reduction_follows_stock(_: Path) -> None:
-    _follow(Case(ddp={"overlap_grad_reduce": True}, clip_grad=1.0, micro_batches=4))
+    follow(Case(ddp={"overlap_grad_reduce": True}, clip_grad=1.0, micro_batches=4))
 
 
 @scenario(1)
 def linear_biases_follow_stock(_: Path) -> None:
-    _follow(Case(model={"add_qkv_bias": True}, clip_grad=1.0))
+    follow(Case(model={"add_qkv_bias": True}, clip_grad=1.0))
 
 
 @scenario(1)
@@ -141,7 +141,7 @@ def other_rules_follow_stock(_: Path) -> None:
         "sgd": {"optimizer": "sgd", "sgd_momentum": 0.8},
         "adam": {"decoupled_weight_decay": False},
     }.items():
-        _follow(Case(rule=rule, optimizer=settings, clip_grad=1.0, micro_batches=2))
+        follow(Case(rule=rule, optimizer=settings, clip_grad=1.0, micro_batches=2))
 
 
 @scenario(1, 2)
@@ -149,9 +149,9 @@ def bf16_with_master_follows_stock(_: Path) -> None:
     # Stock rounds every weight gradient to bf16 before it accumulates in fp32; FORGE does not.
     case = Case(bf16=True, weight_format="bf16+16", clip_grad=1.0, sequence_parallel=tp() > 1)
     for micro_batches in (1, 4):
-        _follow(replace(case, micro_batches=micro_batches), loss=2e-3, norm=2e-3)
+        follow(replace(case, micro_batches=micro_batches), loss=2e-3, norm=2e-3)
     scaled = replace(case, loss_scale=8.0)
-    _follow(scaled, loss=2e-3, norm=2e-3)
+    follow(scaled, loss=2e-3, norm=2e-3)
     # A power of two of loss scale changes no bit of the update.
     plain, scaled_run = Run(case), Run(scaled)
     assert plain.train()[0] == scaled_run.train()[0]
@@ -188,7 +188,7 @@ def schedules_are_the_same_run(_: Path) -> None:
 def a_distributed_optimizer_of_one_rank_follows_stock(tmp: Path) -> None:
     sharded = {"use_distributed_optimizer": True}
     case = Case(ddp=sharded, optimizer=sharded, bf16=True, weight_format="bf16+16", clip_grad=1.0)
-    run = _follow(case, loss=2e-3, norm=2e-3)
+    run = follow(case, loss=2e-3, norm=2e-3)
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", **METADATA}
     save(run, tmp / "distributed", metadata)
     # With torch's Adam, Megatron's own distributed optimizer cannot load (it needs Apex or TE), so
@@ -220,7 +220,7 @@ def the_scheduler_reaches_the_groups(_: Path) -> None:
 
 
 @contextlib.contextmanager
-def _poisoned(run: Run, rank: int) -> Iterator[None]:
+def poisoned(run: Run, rank: int) -> Iterator[None]:
     """Make one weight's gradient infinite on one rank."""
 
     def hook(_module: object, _inputs: object, output: tuple[torch.Tensor, object]) -> None:
@@ -239,7 +239,7 @@ def one_rank_with_inf_skips_the_step_everywhere(_: Path) -> None:
     run = Run(Case(clip_grad=1.0, sequence_parallel=tp() > 1))
     run.train(1)
     weights, before = run.weights(), states(run)
-    with _poisoned(run, rank=tp() - 1):
+    with poisoned(run, rank=tp() - 1):
         success = run.attempt()
     assert not success
     equal(run.weights(), weights)
@@ -283,7 +283,7 @@ def a_weight_used_twice_is_refused_or_summed(_: Path) -> None:
 
 @scenario(1)
 def tied_frozen_and_shared_weights_are_left(_: Path) -> None:
-    run = _follow(Case(tied=True))
+    run = follow(Case(tied=True))
     assert run.fused is not None
     assert "tied to the embedding" in run.fused.summary()
     assert all("output_layer" not in layer.name for layer in run.fused.layers)
@@ -328,7 +328,7 @@ def pipeline_stages_follow_stock(_: Path) -> None:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     try:
-        run = _follow(Case(clip_grad=1.0, micro_batches=4))
+        run = follow(Case(clip_grad=1.0, micro_batches=4))
         stage = parallel_state.get_pipeline_model_parallel_rank()
         name = f"decoder.layers.{stage}.mlp.linear_fc1.weight"
         assert name in [layer.name for layer in run.fused.layers]

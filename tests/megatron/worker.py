@@ -25,6 +25,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu.enable()  # before the imports of Megatron below
     import checkpoint_scenarios  # noqa: F401  (these register what they define)
+    import data_parallel_scenarios  # noqa: F401
     import gpt
     import rounding_scenarios  # noqa: F401
     import training_scenarios  # noqa: F401

@@ -261,5 +261,8 @@ def _asked(
         tokens=tokens, micro_batches=micro_batches, needs_norm=clip, schedule=schedule
     )
     size = ffi.new("uint64_t *")
-    check(lib.forge_linear_workspace(linear.handle, tokens, size), "estimate")
+    check(
+        lib.forge_linear_workspace(linear.handle, lib.FORGE_BACKWARD_UPDATE, tokens, size),
+        "estimate",
+    )
     return linear.layout, plan, int(size[0])

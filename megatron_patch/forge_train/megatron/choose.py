@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
+from ..data_parallel import Replicas
 from ..parameter_ids import check_distinct, parameter_id
 from .patch import is_patched, linear_classes
 
@@ -69,14 +70,14 @@ def refuse(config: Any) -> None:
     for setting, reason in reasons.items():
         if getattr(config, setting, None):
             raise ValueError(f"FORGE cannot be used with {setting}: {reason}.")
-    if parallel_state.model_parallel_is_initialized():
-        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        if size > 1:
-            raise ValueError(
-                f"FORGE runs at data-parallel x context-parallel size 1 for now, not {size}: its "
-                "reduction over data parallelism is not there yet. Use tensor or pipeline "
-                "parallelism for these ranks."
-            )
+
+
+def replicas(reduction: str) -> Replicas | None:
+    """The ranks that have the same weights: data-parallel times context-parallel ones."""
+    if not parallel_state.model_parallel_is_initialized():
+        return None
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return Replicas(group, reduction) if group.size() > 1 else None
 
 
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
@@ -150,12 +151,15 @@ def _modules(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.
             yield names.get(name, name), module
 
 
-def choose(chunks: list[torch.nn.Module], config: Any) -> tuple[list[Chosen], list[Left]]:
+def choose(
+    chunks: list[torch.nn.Module], config: Any, ranks: int = 1
+) -> tuple[list[Chosen], list[Left]]:
     """Divide the parameters of ``chunks`` between FORGE and the stock optimizer.
 
     Args:
         chunks: the model chunks of this rank, before DDP, all weights as they will train.
         config: the model's ``TransformerConfig``.
+        ranks: that have the same weights.
 
     Returns:
         The chosen weights in model order, and everything else with its reason.
@@ -187,6 +191,9 @@ def choose(chunks: list[torch.nn.Module], config: Any) -> tuple[list[Chosen], li
                 frozen = not parameter.requires_grad
                 reason = _reason(name, module, owners[id(parameter)], frozen)
                 reason = reason or _used_twice(config, name)
+                if reason is None and parameter.shape[0] % ranks:
+                    rows = parameter.shape[0]
+                    reason = f"{rows} rows here do not divide by {ranks} data-parallel ranks"
             full = f"{name}.{key}"
             if reason is None:
                 row = isinstance(module, linear_classes()[1])

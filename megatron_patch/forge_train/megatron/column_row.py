@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from ..data_parallel import Replicas
 from ..engine import Engine, FusedWeight, Use
-from ..native import Comm, Context, HostComm, Linear, LinearSpec, default_context
+from ..native import Comm, Context, Linear, LinearSpec, comm_of, default_context
 from ..rules import Rule
 from .choose import Chosen
 
@@ -36,7 +37,7 @@ class Comms:
         alone = group is None or group.size() == 1
         key = 0 if alone else id(group)
         if key not in self._by_group:
-            self._by_group[key] = Comm(self._context) if alone else HostComm(self._context, group)
+            self._by_group[key] = Comm(self._context) if alone else comm_of(self._context, group)
         return self._by_group[key]
 
 
@@ -88,15 +89,31 @@ class FusedLinear:
         fused: the engine's side of it (storage, what is pending, step count).
     """
 
-    def __init__(self, chosen: Chosen, spec: LinearSpec, engine: Engine, comm: Comm) -> None:
+    def __init__(
+        self,
+        chosen: Chosen,
+        spec: LinearSpec,
+        engine: Engine,
+        comm: Comm,
+        replicas: Replicas | None = None,
+    ) -> None:
         """Allocate the states. The module is not touched."""
+        self._replicas = replicas
         self.name, self.module, self.engine = chosen.name, chosen.module, engine
         self.weight = chosen.weight
         self.group = None if comm.size == 1 else chosen.module.tp_group
         self.fused = FusedWeight(
             chosen.name,
             self.weight,
-            Linear(spec, name=chosen.name, comm=comm, device=self.weight.device),
+            Linear(
+                spec,
+                name=chosen.name,
+                comm=comm,
+                device=self.weight.device,
+                data_parallel=None if replicas is None else replicas.comm(comm.context),
+                reduction="auto" if replicas is None else replicas.reduction,
+                micro_batches=engine.micro_batches,
+            ),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -150,24 +167,37 @@ class FusedLinear:
         """As torch's optimizers call them, such as ``exp_avg``."""
         return self.fused.linear.rule.state_names
 
+    # Of data-parallel ranks each has the states of its own rows, so they take part together.
+
     def export_state(self, index: int) -> torch.Tensor:
         """A state as fp32 ``[out_local, in_local]`` on the CPU."""
-        return self.fused.linear.export_state(self.fused.storage, index).cpu()
+        return self._whole(self.fused.linear.export_state(self.fused.storage, index))
 
     def import_state(self, index: int, values: torch.Tensor) -> None:
         """Write a state in place from fp32 ``[out_local, in_local]``."""
-        self.fused.linear.import_state(self.fused.storage, index, values)
+        linear = self.fused.linear
+        linear.import_state(self.fused.storage, index, values[linear.owned])
 
     def export_weight(self) -> torch.Tensor:
         """The exact weight (the master, where there is one) as fp32 on the CPU."""
-        return self.fused.linear.export_weight(self.fused.storage).cpu()
+        return self._whole(self.fused.linear.export_weight(self.fused.storage))
 
     def import_weight(self, values: torch.Tensor) -> None:
         """Write weight and master in place from fp32 ``[out_local, in_local]``."""
-        self.fused.linear.import_weight(self.fused.storage, values)
+        linear, storage = self.fused.linear, self.fused.storage
+        linear.import_weight(storage, values[linear.owned])
+        if self._replicas is not None:
+            linear.gather_weight(storage)
+            self._replicas.wait()
+
+    def _whole(self, owned: torch.Tensor) -> torch.Tensor:
+        return owned.cpu() if self._replicas is None else self._replicas.whole(owned, 0)
 
     def raw(self) -> dict[str, torch.Tensor]:
-        """Everything but the model weight, as stored: states, scales, master or low half."""
+        """Everything but the model weight, as stored: states, scales, master or low half.
+
+        Of data-parallel ranks each has that of its own rows.
+        """
         storage = self.fused.storage
         tensors: dict[str, torch.Tensor | None] = {"weight_extra": storage.weight_extra}
         for index, name in enumerate(self.state_names):

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from ..data_parallel import engine_facts
 from ..engine import Engine
 from ..native import Context, default_context
 from ..rules import Rule, built_in
 from . import patch
 from .chain import ForgeChainedOptimizer
-from .choose import Left, choose, refuse, unwrap
+from .choose import Left, choose, refuse, replicas, unwrap
 from .column_row import Comms, FusedLinear, linear_spec
 from .groups import param_groups
 from .optimizer import ForgeOptimizer
@@ -189,6 +190,7 @@ def fuse(
     seed: int = 0,
     weight_rounding: str = "stochastic",
     state_rounding: str = "stochastic",
+    data_parallel_reduction: str = "auto",
     context: Context | None = None,
     **options: Any,
 ) -> Fused:
@@ -211,30 +213,45 @@ def fuse(
         seed: key of the stochastic rounding; the same on every rank.
         weight_rounding: ``stochastic`` or ``nearest``, for ``bf16`` weights.
         state_rounding: ``stochastic`` or ``nearest``, for ``bf16`` and ``q8`` states.
+        data_parallel_reduction: how dW is summed over data- and context-parallel ranks:
+            ``exchange`` of factors, ``panels`` of dW, or ``auto``, for each layer the one that
+            moves fewer bytes. States are shared out over these ranks either way.
         context: the backend; None: the process' own of the model's device.
         options: of the rule (``betas``, ``eps``, …), before ``OptimizerConfig``'s.
 
     Raises:
         ImportError: megatron-core has moved the method that is patched.
         ForgeBackendError: the model is on a GPU that FORGE cannot use; the message says why.
-        ValueError: a setting that FORGE cannot honour; nothing has changed then.
+        ValueError: a setting that FORGE cannot honour, or data-parallel ranks differ in what they
+            fuse; nothing has changed then.
     """
     chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
     config = unwrap(chunks[0]).config
     refuse(config)
     made = _rule(rule, options)
+    others = replicas(data_parallel_reduction)
     engine = Engine(
         schedule=schedule,
         micro_batches=micro_batches,
         needs_norm=clip_grad > 0.0,
         check_finite=False,  # the chain decides, over stock's gradients and all ranks
         seed=seed,
+        replicas=others,
     )
     patch.install()
-    chosen, left = choose(chunks, config)
+    chosen, left = choose(chunks, config, 1 if others is None else others.size)
     for item in chosen:
         if hasattr(item.module, patch.LAYER_ATTRIBUTE):
             raise ValueError(f"{item.name} is fused already.")
+    if others is not None:
+        formats = {"weight_format": weight_format, "state_format": state_format}
+        roundings = {"weight_rounding": weight_rounding, "state_rounding": state_rounding}
+        facts = {"rule": made.name, **made.options, **formats, **roundings, "clip_grad": clip_grad}
+        for item in chosen:
+            facts[item.name] = f"{tuple(item.weight.shape)} of {item.weight.dtype}, fused"
+        others.agree({**engine_facts(engine), **facts})
+        # Masters are made from them: Megatron's own broadcast comes later.
+        others.broadcast(item.weight for item in chosen)
     comms = Comms(context or default_context(chosen[0].weight.device if chosen else "cpu"))
     layers = []
     for item in chosen:
@@ -246,7 +263,7 @@ def fuse(
             weight_rounding=weight_rounding,
             state_rounding=state_rounding,
         )
-        layers.append(FusedLinear(item, spec, engine, comms.of(item.module.tp_group)))
+        layers.append(FusedLinear(item, spec, engine, comms.of(item.module.tp_group), others))
     if tokens_per_micro_batch is not None:
         _plan(layers, engine, tokens_per_micro_batch)
     for layer in layers:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
 from ..engine import Engine, clip_coefficient
@@ -94,7 +95,7 @@ class ForgeOptimizer(MegatronOptimizer):
     def prepare_grads(self) -> bool:
         """Take the gradient norm over all ranks; True when some rank's gradient is not finite.
 
-        Collective over the gradient-statistics group (TP x PP).
+        Collective over the gradient-statistics group (TP x PP) and data-parallel ranks.
 
         Raises:
             RuntimeError: kept factors were overwritten; no weight has changed.
@@ -117,9 +118,16 @@ class ForgeOptimizer(MegatronOptimizer):
             dtype=torch.float64,
             device=self.layers[0].weight.device if self.layers else torch.cuda.current_device(),
         )
-        torch.distributed.all_reduce(statistics, group=self.get_grad_stats_parallel_group())
+        if self.engine.replicas is None:
+            group = self.get_grad_stats_parallel_group()
+        else:
+            # Each has the norm of its own rows. The group of a distributed optimizer has these
+            # ranks, too, and would count them twice.
+            self.engine.replicas.sum(statistics)
+            group = parallel_state.get_model_parallel_group()
+        torch.distributed.all_reduce(statistics, group=group)
         total, bad_ranks = statistics.tolist()
-        self._norm = math.sqrt(total) * self._grad_scale()
+        self._norm = math.sqrt(total) * self._grad_scale() * self.engine.share
         return bad_ranks > 0
 
     def get_grad_norm(self) -> float:
@@ -218,7 +226,17 @@ class ForgeOptimizer(MegatronOptimizer):
         return {"rule": self.rule.name, **formats, "parameter_ids": "crc32(name)"}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's states as stored, bit for bit; valid for the same TP and PP layout."""
+        """This rank's states as stored, bit for bit; valid for the same TP and PP layout.
+
+        Raises:
+            NotImplementedError: each data-parallel rank has the states of its own rows, and one
+                rank's would be saved.
+        """
+        if self.engine.replicas is not None:
+            raise NotImplementedError(
+                "FORGE's states are shared out over data-parallel ranks, which --ckpt-format torch "
+                "does not save; use --ckpt-format torch_dist."
+            )
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
         return {
             **self.description(),

@@ -16,13 +16,21 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
+def _parallelism(layer: FusedLinear) -> str:
+    """Such as ``column+SP, DP 2``."""
+    linear = layer.fused.linear
+    ranks = linear.layout.out_local // linear.layout.out_owned
+    sequence = "+SP" if linear.spec.sequence_parallel else ""
+    return linear.spec.parallel + sequence + (f", DP {ranks}" if ranks > 1 else "")
+
+
 def _row(layer: FusedLinear) -> tuple[str, ...]:
     """One layer's line; layers of a stack that differ only by number get the same line."""
     spec, plan = layer.fused.linear.spec, layer.fused.plan
     return (
         _NUMBER.sub(".*.", layer.name),
         "x".join(str(size) for size in layer.weight.shape),
-        spec.parallel + ("+SP" if spec.sequence_parallel else ""),
+        _parallelism(layer),
         spec.weight_format,
         "/".join(layer.fused.linear.state_formats) or "-",
         layer.engine.schedule if plan is None else plan.schedule,
