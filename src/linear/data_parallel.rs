@@ -149,7 +149,7 @@ impl DataParallel {
     /// Starts to send dY to the owners of its columns.
     ///
     /// # Safety
-    /// As [`Linear::backward`]; `workspace` has [`Shape::reduction_bytes`].
+    /// As [`Linear::backward`]; `workspace` has what [`Linear::workspace_bytes`] says.
     pub unsafe fn send_dy(
         &self,
         backend: &dyn Backend,
