@@ -8,6 +8,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,28 +77,6 @@ class Replicas:
         for comm in self._comms.values():
             comm.wait()
 
-    def agree(self, facts: Mapping[str, object]) -> None:
-        """Compare what the ranks are about to do; collective.
-
-        Args:
-            facts: names and values that all ranks must have alike, as text.
-
-        Raises:
-            ValueError: on every rank, with the first difference and the rank that has it.
-        """
-        mine = {name: str(value) for name, value in facts.items()}
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, mine, group=self.group)
-        first = everyone[0]
-        for rank, other in enumerate(everyone):
-            for name in dict.fromkeys([*first, *other]):
-                here, there = first.get(name, "nothing"), other.get(name, "nothing")
-                if here != there:
-                    raise ValueError(
-                        f"data_parallel: rank {rank} has {name}: {there}, but rank 0 has {here}. "
-                        "Every rank must fuse the same model with the same arguments."
-                    )
-
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give every rank rank 0's values, in place; collective."""
         source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
@@ -158,20 +137,48 @@ def engine_facts(engine: Engine) -> dict[str, object]:
     }
 
 
-def agree(
-    replicas: Replicas,
+def agree(group: dist.ProcessGroup | None, facts: Mapping[str, object], among: str) -> None:
+    """Compare what ranks are about to do; collective.
+
+    Args:
+        group: the ranks; None: all.
+        facts: names and values that all of them must have alike, as text.
+        among: what the ranks are to each other, for the message.
+
+    Raises:
+        ValueError: on every rank, with the first difference and the rank of the group that has it.
+    """
+    mine = {name: str(value) for name, value in facts.items()}
+    size = dist.get_world_size(group)
+    # Of a thousand ranks only digests are sent, as long as these are the same.
+    digests: list[Any] = [None] * size
+    text = repr(list(mine.items())).encode()
+    dist.all_gather_object(digests, hashlib.sha256(text).hexdigest(), group=group)
+    if len(set(digests)) == 1:
+        return
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, mine, group=group)
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        for name in dict.fromkeys([*first, *other]):
+            here, there = first.get(name, "nothing"), other.get(name, "nothing")
+            if here != there:
+                raise ValueError(
+                    f"{among}: rank {rank} has {name}: {there}, but rank 0 has {here}. Every rank "
+                    "must fuse the same model with the same arguments."
+                )
+    raise ValueError(f"{among}: ranks have the same weights in another order")
+
+
+def facts_of(
     choices: Sequence[Choice],
     engine: Engine,
     groups: Sequence[Mapping[str, Any]],
     base: LinearSpec,
     weight_format: str,
     max_norm: float | None,
-) -> None:
-    """Compare all that decides what a step computes; collective.
-
-    Raises:
-        ValueError: ranks differ; see :meth:`Replicas.agree`.
-    """
+) -> dict[str, object]:
+    """All that decides what a step of ``fuse`` computes."""
     facts: dict[str, object] = {
         **engine_facts(engine),
         "rule": base.rule.name,
@@ -191,7 +198,7 @@ def agree(
         kind = choice.why or "fused"
         what = f"{tuple(parameter.shape)} of {parameter.dtype} on a {parameter.device.type}, {kind}"
         facts[choice.name] = what
-    replicas.agree(facts)
+    return facts
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

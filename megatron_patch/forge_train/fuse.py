@@ -14,7 +14,7 @@ from ._linear import Linear
 from ._types import STATE_FORMATS, LinearSpec
 from ._types import choice as number_of
 from .choose import AUTO_FORMAT, DTYPE_OF_FORMAT, Choice, choose
-from .data_parallel import Replicas, agree, replicas_of
+from .data_parallel import Replicas, agree, facts_of, replicas_of
 from .dense import DenseWeight, shape_of
 from .engine import Engine
 from .linear_function import FusedTorchLinear
@@ -265,7 +265,8 @@ def fuse(
     made: list[tuple[Choice, Weight]] = []
     choices = choose(model, group_of, exclude, weight_format, replicas.size if replicas else 1)
     if replicas is not None:
-        agree(replicas, choices, engine, param_groups, base, weight_format, max_norm)
+        facts = facts_of(choices, engine, param_groups, base, weight_format, max_norm)
+        agree(replicas.group, facts, "data_parallel")
         replicas.broadcast([*model.parameters(), *model.buffers()])
     for choice in choices:
         group = group_of.get(choice.parameter)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from ._types import Storage
+from .data_parallel import agree
 from .engine import Engine, StepResult
 from .ownership import release
 from .rules import Rule, on_gpu, rule_flags
@@ -193,6 +194,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         same rule loads this. Other formats are saved as stored: ``exp_avg`` (bf16 or uint8) with
         ``exp_avg_scale``; masters of bf16 weights as ``weight_extra``. The tensors are the live
         ones, not copies, as with torch.
+
+        With ``data_parallel`` every rank calls this at the same time, and gets copies of the whole
+        states of fused weights on the CPU: of each rank's own rows, put together.
         """
         numbers = self._numbers()
         state = {
@@ -221,7 +225,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load what :meth:`state_dict` or torch's optimizer of the same rule saved.
 
         Load the model first: its ``load_state_dict`` sets masters to the weights it loads.
-        Nothing changes if this raises.
+        Nothing changes if this raises. With ``data_parallel`` every rank calls this with the same
+        state, of which it takes its own rows.
 
         Raises:
             ValueError: groups, options, shapes or formats do not fit, or it is no such state at
@@ -238,6 +243,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 weight = self._weights.get(parameter)
                 if weight is not None:
                     work.append(load_state(weight, saved.get(number, {})))
+        if self.engine.replicas is not None:
+            facts = {f"step of {n}": _count(entry) for n, entry in saved.items()}
+            facts["seed"] = own.get("seed", self.engine.seed)
+            agree(self.engine.replicas.group, facts, "load_state_dict")
         for commit in work:
             commit()
         self.engine.seed = own.get("seed", self.engine.seed)
@@ -314,6 +323,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             TypeError: always.
         """
         raise TypeError("FusedOptimizer cannot be pickled or copied; save its state_dict()")
+
+
+def _count(entry: Any) -> float | None:
+    """The steps in a parameter's saved entry, which was checked."""
+    step = entry.get("step")
+    return None if step is None else float(step)
 
 
 def _same_kind(saved: Any, default: Any) -> bool:

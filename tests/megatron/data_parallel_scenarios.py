@@ -152,8 +152,12 @@ def checkpoints_of_two_replicas_continue_with_one(tmp: Path) -> None:
 
 
 @scenario(2)
-def replicas_that_differ_are_told_so(_: Path) -> None:
-    with _replicas():
-        rank = torch.distributed.get_rank()
-        with pytest.raises(ValueError, match=r"rank 1 has clip_grad: 2\.0, but rank 0 has 1\.0"):
-            Run(Case(clip_grad=1.0 + rank))
+def ranks_that_differ_are_told_so(_: Path) -> None:
+    rank = torch.distributed.get_rank()
+    with pytest.raises(ValueError, match=r"fuse: rank 1 has clip_grad: 2\.0, but rank 0 has 1\.0"):
+        Run(Case(clip_grad=1.0 + rank))
+    wider = {"ffn_hidden_size": 96 + 32 * rank}
+    with pytest.raises(ValueError, match=r"tensor_parallel: rank 1 has decoder\.layers\.0\.mlp"):
+        Run(Case(model=wider))
+    with _replicas(), pytest.raises(ValueError, match=r"data_parallel: rank 1 has decoder\.layers"):
+        Run(Case(model=wider))

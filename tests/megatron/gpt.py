@@ -6,6 +6,7 @@ user would make them.
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -57,6 +58,8 @@ class Case:
     bf16: bool = False
     clip_grad: float = 0.0
     micro_batches: int = 1
+    chunks: int = 1
+    layers: int = LAYERS
     steps: int = 4
     tied: bool = False
     swiglu: bool = True
@@ -86,9 +89,8 @@ class Run:
         model_parallel_cuda_manual_seed(seed)
         dtype = torch.bfloat16 if case.bf16 else torch.float32
         self.config = TransformerConfig(
-            num_layers=LAYERS,
+            num_layers=case.layers,
             hidden_size=HIDDEN,
-            ffn_hidden_size=96,
             num_attention_heads=4,
             num_query_groups=2,
             tensor_model_parallel_size=tp,
@@ -111,28 +113,18 @@ class Run:
             gradient_accumulation_fusion=False,
             apply_rope_fusion=False,
             attention_softmax_in_fp32=True,
-            **case.model,
+            **{"ffn_hidden_size": 96, **case.model},
         )
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = Norm
         spec.submodules.pre_mlp_layernorm = Norm
-        self.model = GPTModel(
-            config=self.config,
-            transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[spec] * (LAYERS // pp), layer_norm=Norm
-            ),
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            vocab_size=VOCAB,
-            max_sequence_length=SEQUENCE,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=case.tied,
-        )
-        wrapped = Float16Module(self.config, self.model) if case.bf16 else self.model
+        parts = [self._chunk(spec, index, pp) for index in range(case.chunks)]
+        self.model = parts[0] if case.chunks == 1 else torch.nn.ModuleList(parts)
+        wrapped = [Float16Module(self.config, part) if case.bf16 else part for part in parts]
         self.fused = None
         if case.forge:
             self.fused = forge_megatron.fuse(
-                [wrapped],
+                wrapped,
                 rule=case.rule,
                 weight_format=case.weight_format,
                 state_format=case.state_format,
@@ -143,11 +135,11 @@ class Run:
                 seed=11,
                 data_parallel_reduction=case.reduction,
             )
-        self.ddp = DistributedDataParallel(
-            config=self.config,
-            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, **case.ddp),
-            module=wrapped,
-        )
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **case.ddp)
+        self.chunks = [
+            DistributedDataParallel(config=self.config, ddp_config=ddp_config, module=part)
+            for part in wrapped
+        ]
         settings: dict[str, Any] = {
             "optimizer": "adam",
             "lr": 3e-3,
@@ -160,7 +152,7 @@ class Run:
             "loss_scale": case.loss_scale,
         }
         optimizer_config = OptimizerConfig(**{**settings, **case.optimizer})
-        self.optimizer = get_megatron_optimizer(optimizer_config, [self.ddp])
+        self.optimizer = get_megatron_optimizer(optimizer_config, self.chunks)
         if self.fused is not None:
             self.optimizer = self.fused.chain(self.optimizer)
         self.scheduler = OptimizerParamScheduler(
@@ -177,9 +169,34 @@ class Run:
             wd_incr_style="constant",
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.no_sync_func = self.ddp.no_sync
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        self.config.no_sync_func = no_sync[0] if case.chunks == 1 else no_sync
         self.config.finalize_model_grads_func = finalize_model_grads
         self.step = 0
+
+    def _chunk(self, spec: Any, index: int, stages: int) -> GPTModel:
+        """One of this stage's model chunks, which the interleaved schedule runs in turns."""
+        case, virtual = self.case, self.case.chunks > 1
+        place: dict[str, Any] = {}
+        if virtual:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(index)
+            if "vp_stage" in inspect.signature(GPTModel).parameters:
+                place["vp_stage"] = index
+        asked = {"ignore_virtual": False, "vp_stage": index} if virtual else {}
+        layers = TransformerBlockSubmodules(
+            layer_specs=[spec] * (case.layers // (stages * case.chunks)), layer_norm=Norm
+        )
+        return GPTModel(
+            config=self.config,
+            transformer_layer_spec=layers,
+            pre_process=parallel_state.is_pipeline_first_stage(**asked),
+            post_process=parallel_state.is_pipeline_last_stage(**asked),
+            vocab_size=VOCAB,
+            max_sequence_length=SEQUENCE,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=case.tied,
+            **place,
+        )
 
     def _batch(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         rank = parallel_state.get_data_parallel_rank()
@@ -221,12 +238,15 @@ class Run:
             tokens, labels = next(batches)
             return model(tokens, position, mask, labels=labels), partial(loss_func)
 
-        self.ddp.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        batches = [self._batch(m) for m in range(self.case.micro_batches)]
+        data = [iter(batches) for _ in self.chunks]
         reduced = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter([self._batch(m) for m in range(self.case.micro_batches)]),
-            model=[self.ddp],
+            data_iterator=data if self.case.chunks > 1 else data[0],
+            model=self.chunks,
             num_microbatches=self.case.micro_batches,
             seq_length=SEQUENCE,
             micro_batch_size=MICRO_BATCH,
@@ -241,7 +261,8 @@ class Run:
 
     def gradient_buffer_elements(self) -> int:
         """Elements in DDP's gradient buffers."""
-        return sum(buffer.grad_data.numel() for buffer in self.ddp.buffers)
+        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
+        return sum(buffer.grad_data.numel() for buffer in buffers)
 
 
 def start(rank: int, world: int, port: int, tp: int, pp: int = 1) -> None:

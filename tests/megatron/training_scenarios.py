@@ -324,6 +324,26 @@ def unsupported_settings_are_refused_by_name(_: Path) -> None:
 
 
 @scenario(2)
+def interleaved_pipeline_stages_follow_stock(_: Path) -> None:
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    )
+    try:
+        for schedule in ("deferred", "accumulate"):
+            case = Case(schedule=schedule, clip_grad=1.0, micro_batches=4, chunks=2, layers=4)
+            virtual = {"virtual_pipeline_model_parallel_size": 2}
+            run = follow(replace(case, model=virtual))
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            names = [layer.name for layer in run.fused.layers if "linear_fc1" in layer.name]
+            places = [f"decoder.layers.{layer}" for layer in (stage, 2 + stage)]
+            assert names == [f"{place}.mlp.linear_fc1.weight" for place in places]
+    finally:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+
+
+@scenario(2)
 def pipeline_stages_follow_stock(_: Path) -> None:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)

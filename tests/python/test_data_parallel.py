@@ -167,6 +167,29 @@ def check_formats(got: list[Any], told: list[Any], weights: dict[str, torch.Tens
             assert (rank["weights"][name] - value).abs().max() <= STEPS * 2 * 0.002 + 1e-6, name
 
 
+def of_two_steps(states: list[Any]) -> str:
+    import torch.distributed as dist
+
+    fused = fuse(model(), AdamW(lr=0.01), data_parallel=True)
+    try:
+        fused.optimizer.load_state_dict(states[dist.get_rank()])
+    except ValueError as error:
+        assert fused.engine.weights[0].step == 0
+        return str(error)
+    return "loaded"
+
+
+def test_checkpoints_of_different_steps_are_told_apart() -> None:
+    fused = fuse(model(), AdamW(lr=0.01))
+    states = []
+    for step in batches()[:2]:
+        train(fused, [step])
+        states.append(copy.deepcopy(fused.optimizer.state_dict()))
+    said = on_ranks(of_two_steps, 2, states)
+    assert said[0] == said[1]
+    assert "load_state_dict: rank 1 has step of 0: 2.0, but rank 0 has 1.0" in said[0]
+
+
 def resumed(state: Any, weights: dict[str, torch.Tensor], arguments: dict[str, Any]) -> Any:
     import torch.distributed as dist
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
-from ..data_parallel import engine_facts
+from ..data_parallel import agree, engine_facts
 from ..engine import Engine
 from ..native import Context, default_context
 from ..rules import Rule, built_in
@@ -222,8 +223,8 @@ def fuse(
     Raises:
         ImportError: megatron-core has moved the method that is patched.
         ForgeBackendError: the model is on a GPU that FORGE cannot use; the message says why.
-        ValueError: a setting that FORGE cannot honour, or data-parallel ranks differ in what they
-            fuse; nothing has changed then.
+        ValueError: a setting that FORGE cannot honour, or ranks differ in what they fuse; nothing
+            has changed then.
     """
     chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
     config = unwrap(chunks[0]).config
@@ -243,15 +244,19 @@ def fuse(
     for item in chosen:
         if hasattr(item.module, patch.LAYER_ATTRIBUTE):
             raise ValueError(f"{item.name} is fused already.")
-    if others is not None:
+    if torch.distributed.is_initialized():
         formats = {"weight_format": weight_format, "state_format": state_format}
         roundings = {"weight_rounding": weight_rounding, "state_rounding": state_rounding}
         facts = {"rule": made.name, **made.options, **formats, **roundings, "clip_grad": clip_grad}
-        for item in chosen:
-            facts[item.name] = f"{tuple(item.weight.shape)} of {item.weight.dtype}, fused"
-        others.agree({**engine_facts(engine), **facts})
-        # Masters are made from them: Megatron's own broadcast comes later.
-        others.broadcast(item.weight for item in chosen)
+        agree(None, {**engine_facts(engine), **facts}, "fuse")
+        # Within a pipeline stage, weights and their shards, too.
+        weights = {x.name: f"{tuple(x.weight.shape)} of {x.weight.dtype}, fused" for x in chosen}
+        if parallel_state.model_parallel_is_initialized():
+            agree(parallel_state.get_tensor_model_parallel_group(), weights, "tensor_parallel")
+        if others is not None:
+            agree(others.group, weights, "data_parallel")
+            # Masters are made from them: Megatron's own broadcast comes later.
+            others.broadcast(item.weight for item in chosen)
     comms = Comms(context or default_context(chosen[0].weight.device if chosen else "cpu"))
     layers = []
     for item in chosen:
