@@ -176,7 +176,8 @@ static void creation(void) {
     memory.rule.struct_size = sizeof memory.rule;
     EXPECT(FORGE_ERROR_RULE, "index", forge_rule_get(forge_rule_count(), &memory.rule));
     EXPECT(FORGE_ERROR_OVERFLOW, "tokens",
-           forge_linear_workspace(memory.linear, FORGE_BACKWARD_UPDATE, UINT64_MAX, &memory.workspace_bytes));
+           forge_linear_workspace(memory.linear, FORGE_BACKWARD_UPDATE, UINT64_MAX,
+                                  &memory.workspace_bytes));
     EXPECT(FORGE_ERROR_ENUM, "max_level", forge_set_log_callback(NULL, NULL, 6));
     EXPECT(FORGE_ERROR_SCALAR, "grad_scale",
            forge_clip_coefficient(1.0, NAN, 1.0, &memory.norm, &memory.coefficient));
@@ -330,7 +331,8 @@ static void a_failing_collective(void) {
     forge_linear_free(linear);
     c.sequence_parallel = 1;
     OK(forge_linear_new(memory.context, memory.comm, &c, &linear));
-    EXPECT(FORGE_ERROR_SHARD, "tokens", forge_linear_workspace(linear, FORGE_BACKWARD_UPDATE, 3, &memory.workspace_bytes));
+    EXPECT(FORGE_ERROR_SHARD, "tokens",
+           forge_linear_workspace(linear, FORGE_BACKWARD_UPDATE, 3, &memory.workspace_bytes));
     b = backward(&p, &s);
     b.x_stride = IN + 1;
     EXPECT(FORGE_ERROR_UNSUPPORTED, "x_stride",
