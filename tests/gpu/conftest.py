@@ -20,6 +20,9 @@ if "FORGE_LIBRARY" in os.environ or find_spec("forge_train") is None:
     sys.path.insert(0, str(ROOT / "megatron_patch"))
     os.environ.setdefault("FORGE_LIBRARY", str(ROOT / "target" / "release" / "libforge.so"))
 
+# Last, for their own conftest is another one.
+sys.path.append(str(ROOT / "tests" / "python"))
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests of this folder out, unless ``-m`` or FORGE_SLOW_TESTS=1 asks for them."""

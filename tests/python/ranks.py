@@ -1,4 +1,4 @@
-"""Runs a function of a test module in several processes that share a gloo group."""
+"""Runs a function of a test module in several processes that share a process group."""
 
 from __future__ import annotations
 
@@ -13,11 +13,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _HERE = Path(__file__)
 
 
+def device() -> torch.device:
+    """A rank's own: a GPU in a group of NCCL's, else the CPU."""
+    import torch.distributed as dist
+
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", dist.get_rank()) if nccl else torch.device("cpu")
+
+
 def on_ranks(
-    work: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 240.0
+    work: Callable[..., Any],
+    ranks: int,
+    *arguments: Any,
+    timeout: float = 240.0,
+    backend: str = "gloo",
 ) -> list[Any]:
     """What ``work(*arguments)`` returns on each rank of a new group.
 
@@ -26,11 +40,12 @@ def on_ranks(
         ranks: processes.
         arguments: pickled.
         timeout: seconds, of all and of every collective.
+        backend: ``gloo``, or ``nccl`` with a GPU for each rank.
 
     Raises:
         AssertionError: a rank failed; the message has what it printed.
     """
-    done = run_ranks(work, ranks, *arguments, timeout=timeout)
+    done = run_ranks(work, ranks, *arguments, timeout=timeout, backend=backend)
     texts = [text for _, text, _ in done]
     for rank, (code, text, _) in enumerate(done):
         assert code == 0, f"rank {rank} of {ranks}:\n{text}\n-- the others:\n{texts}"
@@ -43,6 +58,7 @@ def run_ranks(
     *arguments: Any,
     timeout: float = 240.0,
     wait_for: Sequence[int] | None = None,
+    backend: str = "gloo",
 ) -> list[tuple[int, str, Any]]:
     """As :func:`on_ranks`: of each rank its exit code, what it printed, and what it returned.
 
@@ -51,7 +67,7 @@ def run_ranks(
     module = sys.modules[work.__module__].__file__
     with tempfile.TemporaryDirectory() as folder:
         call = Path(folder) / "call"
-        call.write_bytes(pickle.dumps((str(module), work.__name__, arguments, timeout)))
+        call.write_bytes(pickle.dumps((str(module), work.__name__, arguments, timeout, backend)))
         environment = dict(os.environ, OMP_NUM_THREADS="1")
         running = [
             subprocess.Popen(
@@ -96,9 +112,11 @@ def _main(arguments: Sequence[str]) -> None:
     import conftest  # noqa: F401  (finds the library)
     import torch.distributed as dist
 
-    module, name, given, timeout = pickle.loads((folder / "call").read_bytes())
+    module, name, given, timeout, backend = pickle.loads((folder / "call").read_bytes())
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=ranks,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Transformer, tokens_loss
-from ranks import on_ranks, run_ranks
+from ranks import device, on_ranks, run_ranks
+from small_models import Transformer, tokens_loss
 
 import forge_train
 import forge_train.data_parallel
@@ -21,7 +21,7 @@ STEPS, BATCH, LENGTH = 3, 4, 9
 
 def model(dtype: torch.dtype = torch.float32) -> Transformer:
     torch.manual_seed(3)
-    return Transformer().to(dtype)
+    return Transformer().to(dtype).to(device())
 
 
 def batches(seed: int = 5, micro_batches: int = 1) -> list[list[torch.Tensor]]:
@@ -38,7 +38,7 @@ def train(fused: Any, steps: list[list[torch.Tensor]], rank: int = 0, size: int 
     told = []
     for step in steps:
         for tokens in step:
-            own = tokens.chunk(size)[rank]
+            own = tokens.chunk(size)[rank].to(device())
             (tokens_loss(fused.model, own) / len(step)).backward()
         fused.optimizer.step()
         fused.optimizer.zero_grad()
@@ -50,7 +50,16 @@ def train(fused: Any, steps: list[list[torch.Tensor]], rank: int = 0, size: int 
 def one_rank(arguments: dict[str, Any], dtype: torch.dtype, micro_batches: int) -> Any:
     fused = fuse(model(dtype), **arguments)
     told = train(fused, batches(micro_batches=micro_batches))
-    return told, fused.export_weights(), fused.optimizer.state_dict()
+    return told, on_cpu(fused.export_weights()), on_cpu(fused.optimizer.state_dict())
+
+
+def on_cpu(value: Any) -> Any:
+    """The same with all tensors on the CPU, as a result of a rank has to be."""
+    if isinstance(value, dict):
+        return {key: on_cpu(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(each) for each in value]
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
 def many_ranks(
@@ -68,9 +77,9 @@ def many_ranks(
     own = [w.storage.states[0].shape[0] / w.parameter.shape[0] for w in fused.engine.fused]
     return {
         "told": told,
-        "weights": fused.export_weights(),
-        "model": {name: p.detach().clone() for name, p in net.named_parameters()},
-        "state": fused.optimizer.state_dict(),
+        "weights": on_cpu(fused.export_weights()),
+        "model": on_cpu(dict(net.named_parameters())),
+        "state": on_cpu(fused.optimizer.state_dict()),
         "own": own,
         "rows": [(row.name, row.fused, row.note) for row in fused.rows],
         "gradients": [name for name, p in net.named_parameters() if p.grad is not None],
