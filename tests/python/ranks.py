@@ -126,6 +126,9 @@ def _main(arguments: Sequence[str]) -> None:
     (folder / f"out{rank}").write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
+    # Threads of torch that are still there when the interpreter ends may abort the process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

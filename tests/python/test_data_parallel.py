@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import device, on_ranks, run_ranks
+from ranks import device, on_ranks
 from small_models import Transformer, tokens_loss
 
 import forge_train
@@ -318,41 +318,6 @@ def test_ranks_that_differ_are_told_so_on_every_rank() -> None:
     assert first == second
     for text, words in zip(first, DISAGREEMENTS.values(), strict=True):
         assert words in text, text
-
-
-def lost(how: str) -> None:
-    import os
-    import signal
-
-    import torch.distributed as dist
-
-    net = model()
-    fused = fuse(net, AdamW(lr=0.1), schedule="immediate", data_parallel=True)
-    tokens = batches()[0][0].chunk(2)[dist.get_rank()]
-    train(fused, [[batches()[0][0]]], dist.get_rank(), 2)
-    if dist.get_rank() == 1:
-
-        def die(_grad: torch.Tensor) -> None:
-            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-
-        net.blocks[1].up.register_full_backward_hook(lambda *_: die(tokens))
-    try:
-        tokens_loss(net, tokens).backward()
-    except RuntimeError as error:
-        print("told:", error, flush=True)
-        os._exit(5)
-
-
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_a_rank_that_is_lost_within_a_backward_is_told_of_in_time(how: str) -> None:
-    limit = 12.0
-    (code, text, _), *_ = run_ranks_apart(lost, how, limit)
-    assert code == 5 and "told:" in text, text
-
-
-def run_ranks_apart(work: Any, how: str, limit: float) -> list[tuple[int, str, Any]]:
-    """Rank 0's end alone: rank 1 does not end where it is stopped."""
-    return run_ranks(work, 2, how, timeout=limit, wait_for=(0,))
 
 
 def test_what_does_not_go_together_is_refused() -> None:

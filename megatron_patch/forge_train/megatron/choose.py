@@ -41,11 +41,12 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Left:
-    """A parameter that stays with the stock optimizer, and the reason in words."""
+    """A parameter that stays with the stock optimizer, the reason, and whether it is a linear's."""
 
     name: str
     reason: str
     elements: int
+    linear: bool = False
 
 
 def refuse(config: Any) -> None:
@@ -199,6 +200,7 @@ def choose(
                 row = isinstance(module, linear_classes()[1])
                 chosen.append(Chosen(full, module, row, parameter_id(full)))
             else:
-                left.append(Left(full, reason, parameter.numel()))
+                linear = key == "weight" and isinstance(module, linear_classes())
+                left.append(Left(full, reason, parameter.numel(), linear))
     check_distinct(item.name for item in chosen)
     return chosen, left

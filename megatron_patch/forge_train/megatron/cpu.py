@@ -16,6 +16,7 @@ per thread), the patched functions are per process.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+
+
+class _Gpu:
+    """What Megatron asks of a GPU's properties."""
+
+    major, minor = 8, 0
+    name = "CPU"
+    total_memory = 1 << 40
+    multi_processor_count = 1
 
 
 def _on_cpu(device: Any) -> Any:
@@ -78,6 +88,16 @@ class _Inert:
         return True
 
 
+def _seen_by_megatron(original: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+    """A function that gives Megatron's own code another answer than everybody else."""
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return answer if caller.startswith("megatron.") else original(*args, **kwargs)
+
+    return ask
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -106,6 +126,11 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
     cuda = torch.cuda
     table: list[tuple[Any, str, Any]] = [
+        # megatron.training asserts that there is a GPU.
+        (cuda, "is_available", _seen_by_megatron(cuda.is_available, True)),
+        (cuda, "device_count", _seen_by_megatron(cuda.device_count, 1)),
+        (cuda, "get_device_properties", _seen_by_megatron(cuda.get_device_properties, _Gpu())),
+        (cuda, "get_device_capability", _seen_by_megatron(cuda.get_device_capability, (8, 0))),
         (cuda, "current_device", lambda: _CPU),
         (cuda, "set_device", _nothing),
         (cuda, "get_rng_state", _get_rng_state),

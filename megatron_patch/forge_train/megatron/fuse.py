@@ -192,6 +192,7 @@ def fuse(
     weight_rounding: str = "stochastic",
     state_rounding: str = "stochastic",
     data_parallel_reduction: str = "auto",
+    repeatable: bool = False,
     context: Context | None = None,
     **options: Any,
 ) -> Fused:
@@ -217,6 +218,8 @@ def fuse(
         data_parallel_reduction: how dW is summed over data- and context-parallel ranks:
             ``exchange`` of factors, ``panels`` of dW, or ``auto``, for each layer the one that
             moves fewer bytes. States are shared out over these ranks either way.
+        repeatable: whether a step may be run again before the optimizer's (``--rerun-mode``), so
+            that ``auto`` must not update inside the backward.
         context: the backend; None: the process' own of the model's device.
         options: of the rule (``betas``, ``eps``, …), before ``OptimizerConfig``'s.
 
@@ -234,7 +237,7 @@ def fuse(
     engine = Engine(
         schedule=schedule,
         micro_batches=micro_batches,
-        needs_norm=clip_grad > 0.0,
+        needs_norm=clip_grad > 0.0 or repeatable,
         check_finite=False,  # the chain decides, over stock's gradients and all ranks
         seed=seed,
         replicas=others,

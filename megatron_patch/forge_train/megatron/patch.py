@@ -75,6 +75,8 @@ def _route(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         **kwargs: Any,
     ) -> torch.Tensor:
         layer = getattr(self, LAYER_ATTRIBUTE, None)
+        if layer is not None:
+            layer.engine.settle()
         # Without autograd (evaluation, the first pass of activation recomputation) the product is
         # the same and nothing is to be remembered, so Megatron's own code is the simplest answer.
         if layer is None or not torch.is_grad_enabled():
