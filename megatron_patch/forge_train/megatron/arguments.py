@@ -68,6 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def readable(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Mend texts that argparse cannot format: a bare ``%`` of Megatron's ends its ``--help``."""
+    formatter = argparse.HelpFormatter(parser.prog)
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (KeyError, TypeError, ValueError):
+            action.help = str(action.help).replace("%", "%%")
+    return parser
+
+
 def asked(args: Any) -> bool:
     """Whether ``--forge`` was given."""
     return bool(getattr(args, "forge", False))

@@ -47,7 +47,7 @@ def fused() -> Fused | None:
 
 def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_megatron_arguments(parser: Any, *rest: Any, **more: Any) -> Any:
-        return arguments.add_arguments(original(parser, *rest, **more))
+        return arguments.readable(arguments.add_arguments(original(parser, *rest, **more)))
 
     return add_megatron_arguments
 
