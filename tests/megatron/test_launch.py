@@ -32,6 +32,7 @@ _FLAGS = """
 --make-vocab-size-divisible-by 64 --distributed-backend gloo --use-cpu-initialization
 --log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 0
 """
+_SPEC = ("--spec", "forge_train.megatron.spec", "layer_spec")
 _STEP = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+) ")
 
 
@@ -101,7 +102,7 @@ def assert_close(
                 "--recompute-num-layers=1",
             ],
         ),
-        (2, ["--tensor-model-parallel-size=2"]),
+        (2, ["--tensor-model-parallel-size=2", "--sequence-parallel", *_SPEC]),
         (2, ["--pipeline-model-parallel-size=2"]),
         (2, ["--use-distributed-optimizer", "--overlap-grad-reduce"]),
     ],
