@@ -8,8 +8,8 @@
     print(fused)                      # what was fused, what was not, and why
     optimizer = fused.optimizer       # a torch.optim.Optimizer
 
-``forge_train.megatron`` does the same for Megatron-LM, and ``python -m forge_train.megatron`` for its
-training scripts.
+``forge_train.megatron`` does the same for Megatron-LM, and ``python -m forge_train.megatron`` for
+its training scripts.
 """
 
 from .capture import CapturedStep, capture

@@ -92,7 +92,8 @@ def _seen_by_megatron(original: Callable[..., Any], answer: Any) -> Callable[...
     """A function that gives Megatron's own code another answer than everybody else."""
 
     def ask(*args: Any, **kwargs: Any) -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
+        # Above this are the caller's frame and that of `_distinct`.
+        caller = sys._getframe(2).f_globals.get("__name__", "")
         return answer if caller.startswith("megatron.") else original(*args, **kwargs)
 
     return ask
@@ -162,7 +163,16 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         )
     ]
     table.append((cuda, "memory_stats", lambda device=None: {}))
-    return table
+    # Each a function of its own: torch.compile has rules for torch's, by object and by name.
+    return [
+        (owner, name, new if isinstance(new, type) else _distinct(new))
+        for owner, name, new in table
+    ]
+
+
+def _distinct(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function as another object."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
 
 
 class CpuRedirection(contextlib.AbstractContextManager["CpuRedirection"]):
