@@ -775,8 +775,8 @@ typedef struct {
   forge_buffer dx;
   // `[out_local]`, factor_dtype.
   forge_buffer dbias;
-  // forge_linear_workspace bytes. With SP the gathered factor is left at its start. Where factors are exchanged
-  // these are: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY [tokens of all
+  // forge_linear_workspace bytes. With SP, KEEP leaves the gathered factor at its start. Where factors are exchanged
+  // these are there instead: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY [tokens of all
   // ranks, out_owned].
   forge_buffer workspace;
   // fp32 [out_owned, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is
@@ -1058,7 +1058,7 @@ forge_status forge_linear_new(forge_context *context,
 // forge_comm_wait of `data_parallel` comes before W is read. Ranks make the same calls with the same tokens.
 //
 // `micro_batches` is how many backwards a step has, at least 1: FORGE_REDUCTION_AUTO compares factors that are
-// exchanged in each with panels that are reduced once. A gradient is the sum over ranks: divide by their number with
+// exchanged in each with panels that are reduced when the factors that wait outgrow the accumulator. A gradient is the sum over ranks: divide by their number with
 // grad_scale where the loss is a mean.
 //
 // Errors: as forge_linear_new; FORGE_ERROR_SHARD (rows that do not divide by the ranks of `data_parallel`);

@@ -467,11 +467,22 @@ fn the_reduction_with_fewer_bytes_is_taken() {
         let auto = plan(tokens, Reduction::Auto, Schedule::Auto, 1);
         assert_eq!((auto.reduction, auto.wire_bytes), (Some(wanted), bytes), "{tokens}");
     }
-    // Of several micro-batches factors are exchanged in each, panels reduced once.
-    let several = plan(most / 3, Reduction::Auto, Schedule::Auto, 3);
-    assert_eq!(several.reduction, Some(Reduction::Exchange));
-    let more = plan(most / 3 + 1, Reduction::Auto, Schedule::Auto, 3);
-    assert_eq!((more.reduction, more.wire_bytes), (Some(Reduction::Panels), panels));
+    // Of several micro-batches panels are reduced as often as kept factors outgrow the buffer: here in each.
+    let several = plan(most, Reduction::Auto, Schedule::Auto, 3);
+    assert_eq!(
+        (several.reduction, several.wire_bytes),
+        (Some(Reduction::Exchange), 3 * most * token)
+    );
+    let more = plan(most + 1, Reduction::Auto, Schedule::Auto, 3);
+    assert_eq!((more.reduction, more.wire_bytes), (Some(Reduction::Panels), 3 * panels));
+    let kept_all = plan(most + 1, Reduction::Auto, Schedule::Deferred, 3);
+    assert_eq!(kept_all.wire_bytes, panels);
+    let small = plan(16, Reduction::Panels, Schedule::Accumulate, 64);
+    assert_eq!(
+        small.wire_bytes,
+        2 * panels,
+        "32 micro-batches of 16 tokens are as large as the buffer"
+    );
     // What is exchanged is of all tokens and of the owned rows; what is not, of this rank's and of all rows.
     let kept = plan(most, Reduction::Auto, Schedule::Deferred, 1);
     assert_eq!(kept.factor_bytes, 8 * most * (4096 + 512) * 2);

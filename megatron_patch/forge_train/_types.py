@@ -221,7 +221,7 @@ class Plan:
     """The schedule chosen for a layer and the bytes it was chosen by.
 
     ``reduction`` is how dW is summed over data-parallel ranks, and ``wire_bytes`` what a rank
-    receives for that in a micro-batch.
+    receives for that in a step.
     """
 
     schedule: str

@@ -177,6 +177,7 @@ def facts_of(
     base: LinearSpec,
     weight_format: str,
     max_norm: float | None,
+    rest_state_format: str | Sequence[str],
 ) -> dict[str, object]:
     """All that decides what a step of ``fuse`` computes."""
     facts: dict[str, object] = {
@@ -188,6 +189,7 @@ def facts_of(
         "state_rounding": base.state_rounding,
         "fp32_products": base.fp32_products,
         "max_norm": max_norm,
+        "rest_state_format": rest_state_format,
     }
     for index, group in enumerate(groups):
         options = {key: value for key, value in group.items() if key != "params"}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ._types import SCHEDULES, BackwardResult, choice
-from .data_parallel import Replicas
+from .data_parallel import Replicas, agree
 from .decision import Decision, clip_coefficient, decide, number
 from .dense import DenseWeight
 from .misuse import recomputed, reused, second_backward
@@ -95,6 +95,7 @@ class Engine:
         # What the library sums over ranks is averaged.
         self.share = 1.0 if replicas is None else 1.0 / replicas.size
         self._gathering = False
+        self._summed = False
         self._dense: tuple[tuple[bool, ...], torch.Tensor] | None = None
 
     @property
@@ -334,9 +335,16 @@ class Engine:
 
     def _sum_gradients(self, pending: Sequence[Weight]) -> None:
         """Sum what autograd left over data-parallel ranks; fused weights have no gradient."""
-        if self.replicas is not None:
-            dense = [weight.parameter for weight in pending if isinstance(weight, DenseWeight)]
-            self.replicas.sum_gradients(dense)
+        if self.replicas is None or self._summed:
+            return
+        if self.steps < 2 or self.scalars.device.type != "cuda":
+            # Later a GPU's host would wait for it; what differs does so from the start.
+            names = {"what waits for the step": [weight.name for weight in pending]}
+            agree(self.replicas.group, names, "step")
+        dense = [weight.parameter for weight in pending if isinstance(weight, DenseWeight)]
+        self.replicas.sum_gradients(dense)
+        # A step that fails and is tried again must not sum them again.
+        self._summed = True
 
     def _reduce(self, pending: Sequence[Weight]) -> None:
         """Sum over data-parallel ranks what was not exchanged."""
@@ -390,11 +398,13 @@ class Engine:
                 )
         for weight in self.weights:
             weight.clear()
+        self._summed = False
         self.norms.clear()
         self.scalars.discard()
 
     def _end_step(self) -> None:
         self.steps += 1
+        self._summed = False
         self.settle()
         self.norms.clear()
         for weight in self.fused:

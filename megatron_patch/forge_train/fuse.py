@@ -265,7 +265,15 @@ def fuse(
     made: list[tuple[Choice, Weight]] = []
     choices = choose(model, group_of, exclude, weight_format, replicas.size if replicas else 1)
     if replicas is not None:
-        facts = facts_of(choices, engine, param_groups, base, weight_format, max_norm)
+        for choice in choices:
+            if choice.parameter.requires_grad and choice.parameter not in group_of:
+                raise ValueError(
+                    f"{choice.name} is trained but in no param group: with data_parallel its "
+                    "gradient would not be averaged over the ranks. Put it into groups=[…], or "
+                    "freeze it."
+                )
+        formats = (weight_format, max_norm, rest_state_format)
+        facts = facts_of(choices, engine, param_groups, base, *formats)
         agree(replicas.group, facts, "data_parallel")
         replicas.broadcast([*model.parameters(), *model.buffers()])
     for choice in choices:

@@ -26,7 +26,7 @@ from ._types import Segment
 from .held import Held
 from .linear_passes import backward_pass, forward_pass
 from .weight_keys import weight_of
-from .weights import FusedWeight, Use
+from .weights import Use
 
 _library = torch.library.Library("forge", "DEF")
 _TAGS = [torch.Tag.pt2_compliant_tag]
@@ -137,8 +137,11 @@ def _linear_backward(
     begun = fused.graph_uses.get(number)
     begun = begun if begun is not None else Use(version, task)
     result = backward_pass(fused, begun, dy, x, need_dx=need_dx, need_dbias=need_dbias)
-    if fused.segments:
-        _own_last_segment(fused, _values.get(int(value.item())) or _Value())
+    # Exchanged factors are the library's own already.
+    exchanged = fused.linear.data_parallel is not None
+    for kept in (fused.local,) if exchanged else (fused.segments, fused.local):
+        if kept and kept[-1] is result.segment:
+            _own_last_segment(kept, _values.get(int(value.item())) or _Value())
     nothing = dy.new_empty(0)
     done = torch.zeros(1, dtype=torch.float64, device="cpu")
     return (
@@ -148,15 +151,15 @@ def _linear_backward(
     )
 
 
-def _own_last_segment(weight: FusedWeight, value: _Value) -> None:
+def _own_last_segment(segments: list[Segment], value: _Value) -> None:
     """Copy the factors that the backward has just kept, for they are the compiler's buffers."""
-    kept = weight.segments.pop()
+    kept = segments.pop()
     x = value.copy()
     if x is None:
         x = kept.x.clone(memory_format=torch.contiguous_format)
         value.copy = weakref.ref(x)
     dy = kept.dy.clone(memory_format=torch.contiguous_format)
-    weight.segments.append(Segment.of(dy, x))
+    segments.append(Segment.of(dy, x))
 
 
 def _linear_backward_fake(

@@ -234,19 +234,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        own = _check_structure(state_dict)
-        saved_groups, saved = state_dict["param_groups"], state_dict["state"]
-        self._check_groups(saved_groups)
-        work = []
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            for parameter, number in zip(group["params"], saved_group["params"], strict=True):
-                weight = self._weights.get(parameter)
-                if weight is not None:
-                    work.append(load_state(weight, saved.get(number, {})))
-        if self.engine.replicas is not None:
-            facts = {f"step of {n}": _count(entry) for n, entry in saved.items()}
+        replicas = self.engine.replicas
+        try:
+            own, work = self._check_state(state_dict)
+            saved_groups, saved = state_dict["param_groups"], state_dict["state"]
+            facts: dict[str, object] = {"a problem": None}
+            facts |= {f"step of {n}": _count(entry) for n, entry in saved.items()}
             facts["seed"] = own.get("seed", self.engine.seed)
-            agree(self.engine.replicas.group, facts, "load_state_dict")
+        except Exception as error:
+            # The other ranks must not wait for this one.
+            if replicas is not None:
+                agree(replicas.group, {"a problem": error}, "load_state_dict")
+            raise
+        if replicas is not None:
+            agree(replicas.group, facts, "load_state_dict")
         for commit in work:
             commit()
         self.engine.seed = own.get("seed", self.engine.seed)
@@ -262,6 +263,25 @@ class FusedOptimizer(torch.optim.Optimizer):
                         group[key] = value
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _check_state(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[Mapping[str, Any], list[Callable[[], None]]]:
+        """Check all of a state; returns FORGE's own part of it, and what writes it.
+
+        Raises:
+            ValueError: see :meth:`load_state_dict`.
+        """
+        own = _check_structure(state_dict)
+        saved_groups, saved = state_dict["param_groups"], state_dict["state"]
+        self._check_groups(saved_groups)
+        work = []
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            for parameter, number in zip(group["params"], saved_group["params"], strict=True):
+                weight = self._weights.get(parameter)
+                if weight is not None:
+                    work.append(load_state(weight, saved.get(number, {})))
+        return own, work
 
     def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         sizes = [len(group["params"]) for group in self.param_groups]

@@ -64,6 +64,11 @@ pub trait Comm: Send + Sync {
         stream: Stream,
     ) -> Result<()>;
 
+    /// Whether it copies by itself, in the host's memory alone.
+    fn is_of_host_memory(&self) -> bool {
+        false
+    }
+
     /// Refuses a communicator that has not every operation of the trait.
     fn check_complete(&self) -> Result<()> {
         Ok(())

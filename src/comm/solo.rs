@@ -17,6 +17,10 @@ impl Comm for Solo {
         1
     }
 
+    fn is_of_host_memory(&self) -> bool {
+        true
+    }
+
     unsafe fn all_gather(
         &self,
         send: *const u8,

@@ -9,6 +9,7 @@ use super::types::{
 };
 use super::{dtype_code, enums};
 use crate::backend::{Fp32Products, Scheme};
+use crate::comm::Comm;
 use crate::error::{Result, bail, forge_status};
 use crate::format::{Dtype, StateFormat};
 use crate::linear::{ArrayLayout, DataParallel, Layout, Linear, PlanRequest, Shape};
@@ -97,7 +98,7 @@ pub unsafe extern "C" fn forge_linear_new(
 /// forge_comm_wait of `data_parallel` comes before W is read. Ranks make the same calls with the same tokens.
 ///
 /// `micro_batches` is how many backwards a step has, at least 1: FORGE_REDUCTION_AUTO compares factors that are
-/// exchanged in each with panels that are reduced once. A gradient is the sum over ranks: divide by their number with
+/// exchanged in each with panels that are reduced when the factors that wait outgrow the accumulator. A gradient is the sum over ranks: divide by their number with
 /// grad_scale where the loss is a mean.
 ///
 /// Errors: as forge_linear_new; FORGE_ERROR_SHARD (rows that do not divide by the ranks of `data_parallel`);
@@ -157,6 +158,19 @@ unsafe fn new(
         comm.rank(),
         comm.size(),
     )?;
+    let copies = |c: &dyn Comm| c.is_of_host_memory() && !backend.memory_is_host();
+    if shape.gathered_features().is_some() && copies(&*comm) {
+        bail!(
+            FORGE_ERROR_UNSUPPORTED,
+            "sequence_parallel: one rank alone has nothing to share out on a GPU; set it to 0"
+        );
+    }
+    if data_parallel.as_ref().is_some_and(|r| copies(&*r.comm)) {
+        bail!(
+            FORGE_ERROR_UNSUPPORTED,
+            "data_parallel: one rank alone shares nothing out on a GPU; use forge_linear_new"
+        );
+    }
     if let Some(replicas) = &data_parallel {
         shape = shape.replicated(replicas.comm.rank(), replicas.comm.size())?;
     }

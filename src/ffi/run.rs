@@ -193,7 +193,10 @@ pub unsafe extern "C" fn forge_linear_backward(
                 );
             }
             if needed > 0 {
-                check.buffer("workspace", b.workspace.data.cast(), needed, dtype, true)?;
+                // Panels are fp32, whatever the factors are.
+                let panels = linear.data_parallel.is_some() && !linear.exchanges(tokens);
+                let widest = if panels { Dtype::F32 } else { dtype };
+                check.buffer("workspace", b.workspace.data.cast(), needed, widest, true)?;
             }
 
             let buffer = &b.accumulator;

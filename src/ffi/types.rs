@@ -404,8 +404,8 @@ pub struct forge_backward {
     pub dx: forge_buffer,
     /// `[out_local]`, factor_dtype.
     pub dbias: forge_buffer,
-    /// forge_linear_workspace bytes. With SP the gathered factor is left at its start. Where factors are exchanged
-    /// these are: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY [tokens of all
+    /// forge_linear_workspace bytes. With SP, KEEP leaves the gathered factor at its start. Where factors are exchanged
+    /// these are there instead: X [tokens of all ranks, in_local], and from the next multiple of 256 bytes on dY [tokens of all
     /// ranks, out_owned].
     pub workspace: forge_buffer,
     /// fp32 [out_owned, in_local]. ACCUMULATE adds to it; UPDATE adds it to dW and leaves it as it is

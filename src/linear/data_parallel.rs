@@ -83,6 +83,15 @@ pub fn panel_bytes(shape: &Shape) -> u128 {
     (shape.replicas - 1) as u128 * (owned.rows * owned.cols * 4) as u128
 }
 
+/// How often panels are reduced in a step where factors wait as long as they are no larger than the buffer that they
+/// are reduced to, as under `accumulate`.
+pub fn reductions(shape: &Shape, tokens: u64, micro_batches: u32, dtype: Dtype) -> u32 {
+    let (shard, owned) = (&shape.shard, shape.owned());
+    let one = u128::from(tokens) * ((shard.rows + shard.cols) * dtype.bytes()) as u128;
+    let fit = ((owned.rows * owned.cols * 4) as u128 / one.max(1)).max(1);
+    micro_batches.div_ceil(u32::try_from(fit).unwrap_or(u32::MAX))
+}
+
 impl ExchangePlaces {
     /// For this many tokens of a rank.
     pub fn new(shape: &Shape, tokens: usize, dtype: Dtype) -> Self {
@@ -141,9 +150,11 @@ impl DataParallel {
         if self.reduction != Reduction::Auto {
             return self.reduction;
         }
-        let exchanged =
-            exchange_bytes(shape, tokens as u64, dtype) * u128::from(self.micro_batches);
-        if exchanged <= panel_bytes(shape) { Reduction::Exchange } else { Reduction::Panels }
+        let (tokens, micro_batches) = (tokens as u64, self.micro_batches);
+        let exchanged = exchange_bytes(shape, tokens, dtype) * u128::from(micro_batches);
+        let reductions = reductions(shape, tokens, micro_batches, dtype);
+        let panels = panel_bytes(shape) * u128::from(reductions);
+        if exchanged <= panels { Reduction::Exchange } else { Reduction::Panels }
     }
 
     /// Starts to send dY to the owners of its columns.

@@ -5,7 +5,9 @@ mod group;
 mod plan;
 mod shape;
 
-pub use data_parallel::{DataParallel, ExchangePlaces, Reduction, exchange_bytes, panel_bytes};
+pub use data_parallel::{
+    DataParallel, ExchangePlaces, Reduction, exchange_bytes, panel_bytes, reductions,
+};
 pub use group::{GroupUpdate, update_group};
 pub use plan::{Plan, PlanRequest, Schedule};
 pub use shape::{ArrayLayout, Layout, Parallel, Shape};
@@ -103,6 +105,26 @@ impl Linear {
     /// # Safety
     /// All pointers are valid for the shapes, and those written overlap no other.
     pub unsafe fn backward(&self, b: &Backward) -> Result<Told> {
+        // SAFETY: as promised by the caller.
+        let done = unsafe { self.enqueue_backward(b) };
+        if done.is_err() {
+            self.let_go(b.stream);
+        }
+        done
+    }
+
+    /// Comes after what communicators still read and write in the caller's buffers, which may be freed next.
+    fn let_go(&self, stream: Stream) {
+        // It has failed already; there is nothing to be done about another failure.
+        let _ = self.comm.wait(stream);
+        if let Some(replicas) = &self.data_parallel {
+            let _ = replicas.comm.wait(stream);
+        }
+    }
+
+    /// # Safety
+    /// As [`Linear::backward`].
+    unsafe fn enqueue_backward(&self, b: &Backward) -> Result<Told> {
         let Self { backend, comm, shape, scheme, .. } = self;
         let (shard, dtype) = (&shape.shard, scheme.factor_dtype);
         let local_tokens = shape.local_tokens(b.tokens);
@@ -219,8 +241,11 @@ impl Linear {
         stream: Stream,
     ) -> Result<()> {
         // SAFETY: as promised by the caller.
-        unsafe { self.sum_panels(factors, Some(accumulator), true, workspace, stream)? };
-        Ok(())
+        let done = unsafe { self.sum_panels(factors, Some(accumulator), true, workspace, stream) };
+        if done.is_err() {
+            self.let_go(stream);
+        }
+        done.map(|_| ())
     }
 
     /// The same into the workspace, or where `writes` says so into the accumulator itself.

@@ -1,6 +1,6 @@
 //! Which schedule a layer gets, from bytes.
 
-use super::{Linear, Reduction, exchange_bytes, panel_bytes};
+use super::{Linear, Reduction, exchange_bytes, panel_bytes, reductions};
 use crate::error::{Result, bail};
 
 /// When the update happens.
@@ -43,7 +43,7 @@ pub struct Plan {
     pub gradient_bytes: u64,
     /// How dW is summed over data-parallel ranks; None where there is one.
     pub reduction: Option<Reduction>,
-    /// Received for that in a step, where panels are reduced once.
+    /// Received for that in a step.
     pub wire_bytes: u64,
     /// One sentence.
     pub reason: String,
@@ -116,7 +116,11 @@ impl Linear {
         };
         let wire = match reduction {
             None => 0,
-            Some(Reduction::Panels) => panel_bytes(&self.shape),
+            Some(Reduction::Panels) if schedule == Schedule::Deferred => panel_bytes(&self.shape),
+            Some(Reduction::Panels) => {
+                let times = reductions(&self.shape, tokens, micro_batches, dtype);
+                panel_bytes(&self.shape) * u128::from(times)
+            }
             Some(_) => exchange_bytes(&self.shape, tokens, dtype) * u128::from(micro_batches),
         };
         let wire_bytes = saturate(wire);

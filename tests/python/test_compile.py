@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import Transformer, assert_same_bits, mlp, mlp_batches, mlp_loss, tokens_loss, worst
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -111,6 +112,24 @@ def test_factors_survive_the_compilers_reuse_of_buffers(monkeypatch):
     # What the copies are for: without them this model goes wrong.
     monkeypatch.setattr(linear_op, "_own_last_segment", lambda weight, value: None)
     assert worst(after(partial(compiled, backend="inductor")), expected) > 1e-3
+
+
+@pytest.mark.parametrize("reduction", ["exchange", "panels"])
+def test_factors_of_replicas_survive_it_as_well(reduction):
+    """Panels keep this rank's own factors, which are the compiler's buffers, too."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        batches = [[torch.randn(8, 16) for _ in range(2)] for _ in range(2)]
+
+        def after(run):
+            options = {"rule": SGD(lr=0.1), "schedule": "deferred", "micro_batches": 2}
+            options |= {"data_parallel": True, "data_parallel_reduction": reduction}
+            return train(Residual, run, lambda net, x: net(x).square().mean(), batches, **options)
+
+        expected = after(lambda model: model)
+        assert worst(after(partial(compiled, backend="inductor")), expected) < 1e-6
+    finally:
+        dist.destroy_process_group()
 
 
 def test_linears_of_one_input_hold_one_copy_of_it():

@@ -40,6 +40,7 @@ def train(fused: Any, steps: list[list[torch.Tensor]], rank: int = 0, size: int 
         for tokens in step:
             own = tokens.chunk(size)[rank].to(device())
             (tokens_loss(fused.model, own) / len(step)).backward()
+            assert all(weight.parameter.grad is None for weight in fused.engine.fused)
         fused.optimizer.step()
         fused.optimizer.zero_grad()
         last = fused.optimizer.last
@@ -82,7 +83,6 @@ def many_ranks(
         "state": on_cpu(fused.optimizer.state_dict()),
         "own": own,
         "rows": [(row.name, row.fused, row.note) for row in fused.rows],
-        "gradients": [name for name, p in net.named_parameters() if p.grad is not None],
     }
 
 
@@ -102,7 +102,12 @@ CASES = {
         ("accumulate", 3, 0.3, "exchange"),
         ("auto", 2, 0.3, "auto"),
     ],
-    4: [("deferred", 1, 0.3, "exchange"), ("accumulate", 3, None, "panels")],
+    # By bytes: some layers exchange and some reduce panels.
+    4: [
+        ("deferred", 1, 0.3, "exchange"),
+        ("accumulate", 3, None, "panels"),
+        ("auto", 1, 0.3, "auto"),
+    ],
 }
 
 
@@ -132,7 +137,6 @@ def check_case(case: tuple[str, int, float | None, str], ranks: int, got: list[A
     told, weights, state = one_rank(arguments_of(*case), torch.float32, case[1])
     for rank in got:
         assert rank["own"] == [1 / ranks] * len(rank["own"])
-        assert rank["gradients"] == []
         for (ok, norm), (_, want) in zip(rank["told"], told, strict=True):
             assert ok and (norm is None) == (want is None)
             assert norm is None or norm == pytest.approx(want, rel=1e-5)
@@ -168,12 +172,53 @@ def test_formats_follow_fp32_and_all_ranks_store_the_same() -> None:
 
 def check_formats(got: list[Any], told: list[Any], weights: dict[str, torch.Tensor]) -> None:
     for rank in got:
-        assert [ok for ok, _ in rank["told"]] == [ok for ok, _ in told]
+        for (ok, norm), (_, want) in zip(rank["told"], told, strict=True):
+            assert ok and norm == pytest.approx(want, rel=0.02)
         for name, value in weights.items():
             assert torch.equal(rank["model"][name], got[0]["model"][name]), name
             assert torch.equal(rank["weights"][name].bfloat16(), rank["model"][name]), name
-            # Lion moves by its sign, which rounding may turn: at most two steps of the rate each.
-            assert (rank["weights"][name] - value).abs().max() <= STEPS * 2 * 0.002 + 1e-6, name
+            # Lion moves by its sign, which rounding turns where a gradient is near zero.
+            turned = ((rank["weights"][name] - value).abs() > 0.001).float().mean()
+            assert turned < 0.1, (name, turned)
+
+
+def with_a_damaged_file(state: Any) -> str:
+    import torch.distributed as dist
+
+    fused = fuse(model(), AdamW(lr=0.01), data_parallel=True)
+    if dist.get_rank() == 1:
+        state["state"][1]["exp_avg"] = "damaged"
+    try:
+        fused.optimizer.load_state_dict(state)
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_file_that_is_damaged_on_one_rank_is_told_of_on_all() -> None:
+    fused = fuse(model(), AdamW(lr=0.01))
+    train(fused, batches()[:1])
+    first, second = on_ranks(with_a_damaged_file, 2, fused.optimizer.state_dict())
+    assert first == second
+    assert "load_state_dict: rank 1 has a problem: " in first and "no tensor" in first
+
+
+def with_another_gradient(_: None) -> str:
+    import torch.distributed as dist
+
+    net = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+    fused = fuse(net, AdamW(lr=0.01), exclude=("0", "1"), data_parallel=True)
+    net[dist.get_rank()](torch.ones(2, 4)).sum().backward()
+    try:
+        fused.optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "stepped"
+
+
+def test_gradients_of_different_parameters_are_not_added() -> None:
+    first, second = on_ranks(with_another_gradient, 2, None)
+    assert first == second and "rank 1 has what waits for the step" in first
 
 
 def of_two_steps(states: list[Any]) -> str:

@@ -156,10 +156,17 @@ def check(args: Any) -> None:
             given("moe_use_upcycling"),
             "it builds a second model; convert the checkpoint without --forge, then go on with it",
         ),
-        "--ckpt-format torch": (
-            getattr(args, "ckpt_format", None) == "torch"
-            and int(getattr(args, "data_parallel_size", 1)) > 1,
+        f"--ckpt-format {getattr(args, 'ckpt_format', None)}": (
+            getattr(args, "ckpt_format", None) in ("torch", "torch_dcp")
+            and int(getattr(args, "data_parallel_size", 1))
+            * int(getattr(args, "context_parallel_size", 1))
+            > 1,
             "it saves the states of one data-parallel rank; use --ckpt-format torch_dist",
+        ),
+        "--rampup-batch-size": (
+            args.forge_schedule == "immediate" and given("rampup_batch_size"),
+            "--forge-schedule immediate takes one micro-batch, and there will be more; use "
+            "--forge-schedule deferred or auto",
         ),
         "--forge-schedule immediate": (
             args.forge_schedule == "immediate" and given("rerun_mode", "disabled"),

@@ -218,8 +218,8 @@ def fuse(
         data_parallel_reduction: how dW is summed over data- and context-parallel ranks:
             ``exchange`` of factors, ``panels`` of dW, or ``auto``, for each layer the one that
             moves fewer bytes. States are shared out over these ranks either way.
-        repeatable: whether a step may be run again before the optimizer's (``--rerun-mode``), so
-            that ``auto`` must not update inside the backward.
+        repeatable: whether a step may be run again before the optimizer's (``--rerun-mode``), or
+            later ones have more micro-batches, so that ``auto`` must not update in the backward.
         context: the backend; None: the process' own of the model's device.
         options: of the rule (``betas``, ``eps``, …), before ``OptimizerConfig``'s.
 

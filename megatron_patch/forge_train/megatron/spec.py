@@ -49,11 +49,14 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubm
         vp_stage: the model chunk, under an interleaved pipeline.
 
     Raises:
-        ValueError: a mixture of experts, whose layers differ.
+        ValueError: a mixture of experts, or latent attention, whose layers are others.
     """
     transformer = config.transformer
-    if getattr(transformer, "num_moe_experts", None):
-        raise ValueError("--spec forge_train.megatron.spec layer_spec has no experts; leave it out")
+    for option in ("num_moe_experts", "multi_latent_attention"):
+        if getattr(transformer, option, None):
+            raise ValueError(
+                f"--spec forge_train.megatron.spec layer_spec is not for {option}: leave it out"
+            )
     layer = get_gpt_layer_local_spec(
         qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization
     )

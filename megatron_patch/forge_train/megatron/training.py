@@ -117,7 +117,8 @@ def fuse_by(args: Any, model_chunks: list[torch.nn.Module]) -> Fused:
         weight_rounding=args.forge_weight_rounding,
         state_rounding=args.forge_state_rounding,
         data_parallel_reduction=args.forge_data_parallel_reduction,
-        repeatable=getattr(args, "rerun_mode", "disabled") != "disabled",
+        repeatable=getattr(args, "rerun_mode", "disabled") != "disabled"
+        or bool(getattr(args, "rampup_batch_size", None)),
     )
     if args.forge_left == "refuse":
         linears = [item for item in done.left if item.linear]
