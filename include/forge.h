@@ -464,6 +464,29 @@ typedef struct {
   uint64_t bytes;
 } forge_buffer;
 
+// Memory that FORGE only reads.
+typedef struct {
+  // First byte, aligned to the element.
+  const void *data;
+  // Size in bytes, at least what shape and stride need.
+  uint64_t bytes;
+} forge_const_buffer;
+
+// The factors of one micro-batch, as the owned rows of W need them: after gathering, and where the linear is data
+// parallel after the exchange, of the tokens of all its ranks.
+typedef struct {
+  // [tokens, out_owned].
+  forge_const_buffer dy;
+  // [tokens, in_local].
+  forge_const_buffer x;
+  // Rows of both.
+  uint64_t tokens;
+  // Elements from one row of dy to the next; 0: contiguous.
+  uint64_t dy_stride;
+  // Elements from one row of x to the next; 0: contiguous.
+  uint64_t x_stride;
+} forge_segment;
+
 // Receives log lines: level 1 error, 2 warning, 3 information, 4 debugging, 5 trace. The strings
 // are valid during the call. May be called from several threads at once.
 typedef void (*forge_log_callback)(void *user,
@@ -701,14 +724,6 @@ typedef struct {
   const forge_step_scalars *device_scalars;
 } forge_step;
 
-// Memory that FORGE only reads.
-typedef struct {
-  // First byte, aligned to the element.
-  const void *data;
-  // Size in bytes, at least what shape and stride need.
-  uint64_t bytes;
-} forge_const_buffer;
-
 // The arrays of a parameter, of the sizes that forge_linear_layout gives; unused ones zeroed.
 typedef struct {
   // sizeof(forge_parameter).
@@ -792,21 +807,6 @@ typedef struct {
   // none.
   forge_norm *device_norm;
 } forge_backward;
-
-// The factors of one micro-batch, as the owned rows of W need them: after gathering, and where the linear is data
-// parallel after the exchange, of the tokens of all its ranks.
-typedef struct {
-  // [tokens, out_owned].
-  forge_const_buffer dy;
-  // [tokens, in_local].
-  forge_const_buffer x;
-  // Rows of both.
-  uint64_t tokens;
-  // Elements from one row of dy to the next; 0: contiguous.
-  uint64_t dy_stride;
-  // Elements from one row of x to the next; 0: contiguous.
-  uint64_t x_stride;
-} forge_segment;
 
 // One fused update over kept factors.
 typedef struct {
@@ -1019,6 +1019,38 @@ forge_status forge_context_workspace_bytes(const forge_context *context,
 // still enqueued included.
 forge_status forge_context_set_workspace(forge_context *context,
                                          forge_buffer workspace);
+
+// `accumulator += Σ dYᵀX` over all segments and all data-parallel ranks, for the owned rows, in panels: of the factors
+// that FORGE_BACKWARD_KEEP left to the caller where dW is reduced in panels. These are of the caller's own tokens and of
+// all its rows: segments here have dy [tokens, out_local].
+//
+// Written: `accumulator`, fp32 [out_owned, in_local], and `workspace`, of forge_linear_workspace for
+// FORGE_BACKWARD_ACCUMULATE and the tokens of any segment.
+//
+// Errors: FORGE_ERROR_UNSUPPORTED (the linear is not data parallel), FORGE_ERROR_COLLECTIVE; as
+// forge_linear_backward.
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_reduce(forge_linear *linear,
+                                 const forge_segment *segments,
+                                 uint32_t n_segments,
+                                 forge_buffer accumulator,
+                                 forge_buffer workspace,
+                                 void *stream);
+
+// Starts to gather W from the data-parallel ranks, each of which has written the rows that it owns: an import does
+// not do so by itself, as an update does. forge_comm_wait comes before W is read. Nothing where one rank has all rows.
+//
+// Written: `weight`, of the layout's size.
+//
+// Errors: FORGE_ERROR_COLLECTIVE.
+//
+// # Safety
+// As forge_linear_backward.
+forge_status forge_linear_gather_weight(const forge_linear *linear,
+                                        forge_buffer weight,
+                                        void *stream);
 
 // The sentence of this thread's last failed call; "" when none failed. Never NULL; valid until the
 // next failure on this thread.
@@ -1248,38 +1280,6 @@ forge_status forge_linear_norm_async(forge_linear *linear,
                                      uint32_t method,
                                      forge_norm *device_out,
                                      void *stream);
-
-// `accumulator += Σ dYᵀX` over all segments and all data-parallel ranks, for the owned rows, in panels: of the factors
-// that FORGE_BACKWARD_KEEP left to the caller where dW is reduced in panels. These are of the caller's own tokens and of
-// all its rows: segments here have dy [tokens, out_local].
-//
-// Written: `accumulator`, fp32 [out_owned, in_local], and `workspace`, of forge_linear_workspace for
-// FORGE_BACKWARD_ACCUMULATE and the tokens of any segment.
-//
-// Errors: FORGE_ERROR_UNSUPPORTED (the linear is not data parallel), FORGE_ERROR_COLLECTIVE; as
-// forge_linear_backward.
-//
-// # Safety
-// As forge_linear_backward.
-forge_status forge_linear_reduce(forge_linear *linear,
-                                 const forge_segment *segments,
-                                 uint32_t n_segments,
-                                 forge_buffer accumulator,
-                                 forge_buffer workspace,
-                                 void *stream);
-
-// Starts to gather W from the data-parallel ranks, each of which has written the rows that it owns: an import does
-// not do so by itself, as an update does. forge_comm_wait comes before W is read. Nothing where one rank has all rows.
-//
-// Written: `weight`, of the layout's size.
-//
-// Errors: FORGE_ERROR_COLLECTIVE.
-//
-// # Safety
-// As forge_linear_backward.
-forge_status forge_linear_gather_weight(const forge_linear *linear,
-                                        forge_buffer weight,
-                                        void *stream);
 
 // Writes the master weight as fp32 [out_owned, in_local].
 //

@@ -8,6 +8,7 @@ use fake_cuda::{again, build, directory, finish, last_error, ok, sized};
 use forge::error::forge_status::{self, *};
 use forge::ffi::comm::*;
 use forge::ffi::context::*;
+use forge::ffi::data_parallel::*;
 use forge::ffi::enums::*;
 use forge::ffi::linear::*;
 use forge::ffi::run::*;

@@ -11,6 +11,7 @@ mod boundary;
 mod buffers;
 pub mod comm;
 pub mod context;
+pub mod data_parallel;
 pub mod enums;
 pub mod error;
 pub mod linear;
