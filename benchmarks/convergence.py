@@ -2,6 +2,7 @@
 
     python benchmarks/convergence.py                        # all recipes, two seeds
     python benchmarks/convergence.py --recipes 'forge:bf16/*' --seeds 0,1,2 --resume
+    python benchmarks/convergence.py --jobs 6               # six runs at a time on the one device
     python benchmarks/convergence.py --check results/h200/convergence.json
     python benchmarks/convergence.py --model tiny --device cpu --steps 30
 
@@ -16,8 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +132,41 @@ def kept_rows(path: Path, head: Row, options: argparse.Namespace) -> list[Row]:
     return old["rows"] if same else []
 
 
+Job = tuple[Recipe, int]
+
+
+def train_alone(job: Job, text: Corpus, plan: Plan, device: torch.device) -> Row:
+    """``train`` for a process of its own."""
+    return train(*job, text, plan, device)
+
+
+def in_turn(jobs: Iterable[Job], text: Corpus, plan: Plan, device: torch.device) -> Iterator[Row]:
+    """The rows of jobs, one after the other in this process."""
+    for job in jobs:
+        yield train(*job, text, plan, device)
+
+
+def together(
+    jobs: Iterable[Job], count: int, text: Corpus, plan: Plan, device: torch.device
+) -> Iterator[Row]:
+    """The rows of jobs, ``count`` at a time, each worker a process; a row comes when it is done.
+
+    No figure of a run depends on what runs beside it: the text, the draws and the kernels' bits
+    are the same.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
+    jobs = iter(jobs)
+    running: set[Future[Row]] = set()
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        while True:
+            while len(running) < count and (job := next(jobs, None)):
+                running.add(pool.submit(train_alone, job, text, plan, device))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+
+
 def run(options: argparse.Namespace) -> Path:
     """Train until all is done or the time is up; returns the result's path."""
     begin = time.monotonic()
@@ -149,21 +188,29 @@ def run(options: argparse.Namespace) -> Path:
     )
     rows = kept_rows(path, head, options)
     done = {(row["name"], row["seed"]) for row in rows}
-    # A seed of every recipe before the next seed: what is cut off is then comparable.
-    todo = [(seed, recipe) for seed in options.seeds for recipe in select(options.recipes)]
     longest = 0.0
-    for seed, recipe in todo:
-        if (str(recipe), seed) in done:
-            continue
-        used = time.monotonic() - begin
-        if used + longest > options.budget_s:
-            print(f"the budget of {options.budget_s:g} s is used up; --resume goes on")
-            break
-        row = train(recipe, seed, text, plan, device)
+
+    def affordable() -> Iterator[Job]:
+        # A seed of every recipe before the next seed: what is cut off is then comparable.
+        for seed in options.seeds:
+            for recipe in select(options.recipes):
+                if (str(recipe), seed) in done:
+                    continue
+                if time.monotonic() - begin + longest > options.budget_s:
+                    print(f"the budget of {options.budget_s:g} s is used up; --resume goes on")
+                    return
+                yield recipe, seed
+
+    trained = (
+        in_turn(affordable(), text, plan, device)
+        if options.jobs == 1
+        else together(affordable(), options.jobs, text, plan, device)
+    )
+    for row in trained:
         rows.append(row)
         write_json(path, {**head, "rows": rows})
         loss = row.get("problem") or f"{row['valid_loss']:.4f}"
-        print(f"{recipe!s:<28} seed {seed}  {loss}  {row['seconds']:6.1f} s", flush=True)
+        print(f"{row['name']:<28} seed {row['seed']}  {loss}  {row['seconds']:6.1f} s", flush=True)
         # fp32 products take longer than all others, so the next is seldom as long as the longest.
         longest = max(longest, min(row["seconds"], 45.0))
     print(f"{path}: {len(rows)} rows, {time.monotonic() - begin:.0f} s")
@@ -186,6 +233,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATTERN,...",
         help=f"default: all of {', '.join(map(str, recipes()))}",
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time, each in a process"
+    )
     parser.add_argument("--budget-s", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--resume", action="store_true", help="keep the rows that OUT has")
     parser.add_argument("--out", type=Path, help="default: results/<device>/convergence.json")
@@ -193,6 +243,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
         parser.error("--steps must be at least 1")
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {options.jobs}")
     try:
         select(options.recipes)
     except ValueError as error:

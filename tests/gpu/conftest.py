@@ -25,7 +25,11 @@ sys.path.append(str(ROOT / "tests" / "python"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests of this folder out, unless ``-m`` or FORGE_SLOW_TESTS=1 asks for them."""
+    """Leave slow tests of this folder out, unless ``-m`` or FORGE_SLOW_TESTS=1 asks for them.
+
+    First comes what watches the driver's free memory: other work may start on the GPU after it.
+    """
+    items.sort(key=lambda item: item.path.name != "test_memory.py")
     if config.option.markexpr or os.environ.get("FORGE_SLOW_TESTS") == "1":
         return
     reason = "slow; run with FORGE_SLOW_TESTS=1, or -m slow"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import convergence
@@ -63,6 +64,18 @@ def test_broken_or_single_seeds_do_not_pass(trained: dict[str, dict], tmp_path: 
     broken = {**rows[0], "seed": 2, "valid_loss": None, "problem": "the final loss is nan"}
     path.write_text(json.dumps({"rows": [*twice, broken]}))
     assert not convergence_targets.check(path)
+
+
+def test_runs_beside_each_other_are_those_in_turn() -> None:
+    text = text_corpus.corpus()
+    plan = replace(convergence.PLANS["tiny"], steps=3)
+    names = ["forge:bf16/q8:stochastic", "adamw:bf16"]
+    jobs = [(recipe, seed) for recipe in convergence_runs.select(names) for seed in (0, 1)]
+    alone = {(row["name"], row["seed"]): row for row in convergence.in_turn(jobs, text, plan, CPU)}
+    beside = list(convergence.together(jobs, 2, text, plan, CPU))
+    assert len(beside) == len(alone) == 4
+    for row in beside:
+        assert row["train_losses"] == alone[row["name"], row["seed"]]["train_losses"]
 
 
 def test_the_text_is_split_by_document_and_windows_are_seeded() -> None:
