@@ -61,7 +61,7 @@ def check(result: dict[str, Any]) -> int:
     off = compared = 0
     print(f"{'':<38} {'tokens':>6} {'measured':>9} {'estimate':>9}")
     for row in result["rows"]:
-        if not row.get("peak_gb"):
+        if not row.get("peak_gb") or row["method"] == "frozen":
             continue
         compared += 1
         found = predicted_gb(row, result["conditions"]["model"])

@@ -52,7 +52,8 @@ def figures(row: Row, times_ms: list[float], model: str, device: str) -> Row:
     """A row's figures that follow from the times of its steps."""
     median = statistics.median(times_ms)
     quartiles = statistics.quantiles(times_ms, n=4) if len(times_ms) > 3 else [median] * 3
-    sheet = device_of(device)
+    # The limit is a whole step's.
+    sheet = device_of(device) if row["method"] != "frozen" else None
     formats = (row["weight_format"], row["state_format"])
     limit = limit_ms(sheet, MODELS[model], row["tokens"], *formats, row["clip"]) if sheet else None
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 LABELS = {
+    "frozen": "forward and backward alone, no dW, no update",
     "adamw": "torch AdamW, for-loop",
     "adamw_foreach": "torch AdamW, foreach",
     "adamw_fused": "torch AdamW, fused",

@@ -33,7 +33,8 @@ class Method:
     """One way to train.
 
     Attributes:
-        kind: ``adamw``, ``adamw_foreach``, ``adamw_fused``: torch's after the backward;
+        kind: ``frozen``: no weight gradient and no update, what forward and backward take without;
+            ``adamw``, ``adamw_foreach``, ``adamw_fused``: torch's after the backward;
             ``adamw_in_backward``: torch's fused one in a hook on each gradient;
             ``flashoptim_release``: FlashOptim's with gradient release; ``forge``.
         weight_format: ``bf16``; ``bf16+8``, ``bf16+16``: with 8 or 16 more bits beside it.
@@ -78,6 +79,7 @@ def all_methods() -> list[Method]:
         replace(fused, clip=True),
         *immediate[:3],
         clipped[0],
+        Method("frozen"),
         replace(immediate[0], graph=True),
         replace(fused, graph=True),
         *flash,
@@ -131,6 +133,7 @@ class Training:
         if method.clip and method.schedule == "immediate":
             raise ValueError(f"{method}: updates inside the backward come before the norm is known")
         make = {
+            "frozen": _frozen,
             "adamw": _torch_adamw,
             "adamw_foreach": _torch_adamw,
             "adamw_fused": _torch_adamw,
@@ -201,6 +204,14 @@ def _torch_adamw(method: Method, model: nn.Module, options: Options) -> Made:
     foreach, fused = method.kind == "adamw_foreach", method.kind == "adamw_fused"
     parameters = list(model.parameters())
     return [_adamw(method, parameters, options, foreach=foreach, fused=fused)], None
+
+
+def _frozen(method: Method, model: nn.Module, options: Options) -> Made:
+    model.requires_grad_(False)
+    # Every dX is computed all the same, down to the first layer's, which the embedding would want.
+    embedding = model.get_submodule("model.embed_tokens")
+    hook = embedding.register_forward_hook(lambda _module, _ids, found: found.requires_grad_())
+    return [], hook
 
 
 def _in_backward(method: Method, model: nn.Module, options: Options) -> Made:

@@ -49,7 +49,10 @@ def test_every_method_trains(rows: list[dict]) -> None:
     assert [row["name"] for row in rows] == [str(method) for method in CPU_METHODS]
     for row in rows:
         assert "unsupported" not in row and "problem" not in row, row
-        assert row["loss_last"] < row["loss_first"], row
+        if row["method"] == "frozen":
+            assert row["loss_last"] == row["loss_first"], row
+        else:
+            assert row["loss_last"] < row["loss_first"], row
         assert len(row["times_ms"]) == 4 and min(row["times_ms"]) > 0
 
 
@@ -61,6 +64,8 @@ def test_methods_come_close_to_each_other(rows: list[dict]) -> None:
     """They are one algorithm; what differs is rounding. A capture makes some steps before."""
     fallen = {row["name"]: row["loss_first"] - row["loss_last"] for row in rows}
     for row in rows:
+        if row["method"] == "frozen":
+            continue
         like = "forge:bf16/bf16:immediate:graph" if row["graph"] else "adamw"
         assert fallen[row["name"]] == pytest.approx(fallen[like], rel=0.1), row["name"]
 
