@@ -1087,11 +1087,12 @@ forge_status forge_linear_new(forge_context *context,
 // As forge_linear_new, of a linear whose W the ranks of `data_parallel` have as well, with other tokens. Each rank
 // owns as many of its rows: it has their states, and updates them over the tokens of all; no rank ever has a whole
 // gradient. `reduction` (a forge_reduction) says how dW is summed; a backward and an update start to gather W, and
-// forge_comm_wait of `data_parallel` comes before W is read. Ranks make the same calls with the same tokens.
+// forge_comm_wait of `data_parallel` comes before W is read. Ranks make the same calls with as many tokens each; with
+// FORGE_REDUCTION_PANELS their numbers of tokens may differ, and be 0.
 //
 // `micro_batches` is how many backwards a step has, at least 1: FORGE_REDUCTION_AUTO compares factors that are
-// exchanged in each with panels that are reduced when the factors that wait outgrow the accumulator. A gradient is the sum over ranks: divide by their number with
-// grad_scale where the loss is a mean.
+// exchanged in each with panels that are reduced when the factors that wait outgrow the accumulator. A gradient is
+// the sum over ranks: divide by their number with grad_scale where the loss is a mean.
 //
 // Errors: as forge_linear_new; FORGE_ERROR_SHARD (rows that do not divide by the ranks of `data_parallel`);
 // FORGE_ERROR_NULL (collectives of the caller's without `all_to_all`).

@@ -372,6 +372,38 @@ fn panels_give_the_same_sums() {
 }
 
 #[test]
+fn ranks_of_panels_may_have_different_tokens() {
+    let (out, inn) = (24, 136);
+    for counts in [[5, 0, 3], [0, 0, 7], [1, 12, 0]] {
+        let scheme = scheme("sgd", 0, WEIGHTS[0], STATES[0], Dtype::F32);
+        let mut r = Random(8);
+        let start = r.vector(out * inn);
+        let mut segment = |tokens| Segment::random(&mut r, tokens, out, inn, Dtype::F32);
+        let segments: Vec<_> = counts.iter().map(|tokens| segment(*tokens)).collect();
+        let all = together(&segments);
+        let mut one = Parameter::new(scheme, &cpu(2), out, inn, (Parallel::None, 0, 1));
+        one.import_weight(&start);
+        let mut buffer = vec![0f32; out * inn];
+        one.accumulate(&[all.factors()], &mut buffer);
+        one.update(&[all.factors()], None, &scalars("sgd", 1));
+        let stepped = one.export(Image::Weight);
+        let what = format!("{counts:?} tokens");
+        on_all(World::replicas(3), scheme, (out, inn), Reduction::Panels, |mut rank| {
+            rank.import(&start, inn);
+            let owned = rank.p.linear.shape.owned();
+            let mut sum = vec![0f32; owned.rows * owned.cols];
+            let own = &segments[rank.replica];
+            rank.backward(own, Mode::Accumulate(Accumulator::fp32(sum.as_mut_ptr())));
+            assert_near(&sum, &rows_of(&buffer, inn, owned), 2e-5, &what);
+            let (dx, _) = rank.backward(own, rank.update_mode("sgd", 1));
+            assert_eq!(dx.len(), own.tokens * inn * 4);
+            let want = rows_of(&stepped, inn, owned);
+            assert_near(&rank.p.export(Image::Weight), &want, 2e-5, &what);
+        });
+    }
+}
+
+#[test]
 fn no_tokens_are_a_zero_gradient() {
     let (out, inn) = (8, 6);
     let scheme = scheme("adamw", 0, WEIGHTS[0], STATES[0], Dtype::F32);

@@ -198,6 +198,8 @@ class Linear:
         """Whether dW of so many tokens is reduced in panels, so that no factors can be kept."""
         if self.data_parallel is None:
             return False
+        if self.reduction != "auto":
+            return self.reduction == "panels"
         if tokens not in self._plans:
             if len(self._plans) >= 64:
                 self._plans.clear()

@@ -54,6 +54,8 @@ class Engine:
         capturable: whether every update reads its numbers from the backend's memory, so that steps
             can be captured in a CUDA graph.
         replicas: the data-parallel ranks, over which gradients are averaged; None: no others.
+        apart: the ranks with copies of the weights that are ``apart``, such as experts, which the
+            tokens of all ``replicas`` reach; None: there are no copies.
 
     Raises:
         ValueError: the options exclude each other.
@@ -69,6 +71,7 @@ class Engine:
         seed: int = 0,
         capturable: bool = False,
         replicas: Replicas | None = None,
+        apart: Replicas | None = None,
     ) -> None:
         """Start with no weights."""
         choice(SCHEDULES, "schedule", schedule)
@@ -91,7 +94,7 @@ class Engine:
         self.norms = Norms(self.weights)
         self.scalars = ScalarTable(self.weights, in_memory=capturable)
         self.steps = 0
-        self.replicas = replicas
+        self.replicas, self.apart = replicas, apart
         # What the library sums over ranks is averaged.
         self.share = 1.0 if replicas is None else 1.0 / replicas.size
         self._gathering = False
@@ -161,9 +164,11 @@ class Engine:
         Raises:
             ForgeCommunicationError: a rank was lost.
         """
-        if self._gathering and self.replicas is not None:
+        if self._gathering:
             self._gathering = False
-            self.replicas.wait()
+            for replicas in (self.replicas, self.apart):
+                if replicas is not None:
+                    replicas.wait()
 
     # -- a backward ---------------------------------------------------------------------------
 
@@ -209,10 +214,10 @@ class Engine:
                 scalars=scalars, report=self.reports.row(weight),
             )  # fmt: skip
             weight.updated, weight.version = True, weight.version + 1
-            self._gathering = self.replicas is not None
+            self._gathering = True
             return result
         tokens = weight.linear.tokens_of(dy, x)
-        local = self.replicas is not None and weight.linear.reduces_panels(tokens)
+        local = weight.linear.reduces_panels(tokens)
         first = not weight.pending and not local
         norm = self.norms.row(weight) if first and self._normed_at_once(weight, schedule) else None
         result = weight.linear.backward(
@@ -236,6 +241,8 @@ class Engine:
 
     def _schedule_of(self, weight: FusedWeight, tokens: int) -> str:
         """This step's schedule for a weight under ``auto``, by its first backward of the step."""
+        if weight.fixed is not None:
+            return weight.fixed
         if weight.schedule is None:
             plan = weight.plans.get(tokens)
             if plan is None:
@@ -324,7 +331,7 @@ class Engine:
             return result
         coefficient = grad_scale if decision is None else decision.coefficient
         update_pending(pending, coefficient, self.scalars, self.reports)
-        self._gathering = self.replicas is not None
+        self._gathering = True
         self.settle()
         changed = [*updated, *pending]
         rows = self._rows_of(changed)
@@ -339,7 +346,8 @@ class Engine:
             return
         if self.steps < 2 or self.scalars.device.type != "cuda":
             # Later a GPU's host would wait for it; what differs does so from the start.
-            names = {"what waits for the step": [weight.name for weight in pending]}
+            common = [w for w in pending if not (isinstance(w, FusedWeight) and w.apart)]
+            names = {"what waits for the step": [weight.name for weight in common]}
             agree(self.replicas.group, names, "step")
         dense = [weight.parameter for weight in pending if isinstance(weight, DenseWeight)]
         self.replicas.sum_gradients(dense)
@@ -348,10 +356,9 @@ class Engine:
 
     def _reduce(self, pending: Sequence[Weight]) -> None:
         """Sum over data-parallel ranks what was not exchanged."""
-        if self.replicas is not None:
-            for weight in pending:
-                if isinstance(weight, FusedWeight):
-                    weight.reduce()
+        for weight in pending:
+            if isinstance(weight, FusedWeight):
+                weight.reduce()
 
     def _over_replicas(self, weights: Sequence[Weight], sums: torch.Tensor) -> torch.Tensor:
         """Sums of squares of whole gradients.

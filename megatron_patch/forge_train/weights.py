@@ -156,6 +156,11 @@ class FusedWeight(Weight):
         kept_more: whether a step had more than one segment.
         graph_uses: the uses of compiled graphs, which nothing else holds.
         key: what names it in compiled graphs; see ``linear_op``.
+        apart: whether its copies are on other ranks than those of the engine's ``replicas``, as an
+            expert's are.
+        fixed: the schedule under ``auto``, where it must not follow from a backward's tokens.
+        reduce_every: micro-batches after which ``accumulate`` reduces what was not exchanged, where
+            ranks have different tokens; None: when the factors outgrow the accumulator.
     """
 
     def __init__(
@@ -175,7 +180,9 @@ class FusedWeight(Weight):
         self.plan: Plan | None = None
         self.plans: dict[int, Plan] = {}
         self.uses: WeakSet[Use] = WeakSet()
-        self.reused = self.kept_more = False
+        self.reused = self.kept_more = self.apart = False
+        self.fixed: str | None = None
+        self.reduce_every: int | None = None
         self.graph_uses = Held()
         self.key = key_of(self)
         self._linears = {linear.spec.factor_dtype: linear}
@@ -254,9 +261,13 @@ class FusedWeight(Weight):
         With ``accumulate`` those before are reduced first where all would be larger than the
         accumulator: so a rank holds no more, and reduces as rarely as that allows.
         """
-        layout = self.linear.layout
-        most = layout.out_owned * layout.in_local * torch.float32.itemsize
-        if accumulate and self.local and self.factor_bytes + segment.bytes > most:
+        if self.reduce_every is None:
+            layout = self.linear.layout
+            most = layout.out_owned * layout.in_local * torch.float32.itemsize
+            full = bool(self.local) and self.factor_bytes + segment.bytes > most
+        else:
+            full = len(self.local) >= self.reduce_every
+        if accumulate and full:
             self.reduce()
         self.local.append(segment)
 

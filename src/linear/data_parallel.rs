@@ -5,7 +5,7 @@
 //! - **exchange**: X of all ranks is gathered, dY is sent to the owners of its columns, and the fused kernel runs
 //!   over the tokens of all. The sum over ranks is in the kernel: the bits are those of one rank with all tokens.
 //! - **panels**: dW in panels of rows, summed over ranks into an fp32 buffer of the owned rows, while the next
-//!   panel is multiplied.
+//!   panel is multiplied. Ranks may have different numbers of tokens, or none.
 
 use super::{Linear, Shape};
 use crate::backend::{Accumulator, Arrays, Backend, Factors, Matrix, Scheme, Shard, Stream};
@@ -271,7 +271,8 @@ impl DataParallel {
                         dy: f.dy.skip_columns(at, scheme.factor_dtype),
                         ..*f
                     };
-                    let own: Vec<Factors> = factors.iter().map(of_rows).collect();
+                    let own: Vec<Factors> =
+                        factors.iter().filter(|f| f.tokens > 0).map(of_rows).collect();
                     let sum = Accumulator::fp32(part);
                     backend.accumulate(scheme, &shard, &own, sum, stream)?;
                 }

@@ -129,7 +129,9 @@ impl Linear {
         let (shard, dtype) = (&shape.shard, scheme.factor_dtype);
         let local_tokens = shape.local_tokens(b.tokens);
         let mut factors = Factors { dy: b.dy, x: b.x, tokens: b.tokens };
-        let replicas = self.data_parallel.as_ref().filter(|_| b.tokens > 0);
+        // Of panels ranks may have different numbers of tokens; a rank without any takes part.
+        let takes_part = |r: &&DataParallel| b.tokens > 0 || r.reduction == Reduction::Panels;
+        let replicas = self.data_parallel.as_ref().filter(takes_part);
         let exchange = replicas.filter(|_| self.exchanges(b.tokens));
         let what = (shape, dtype);
         let keeps = matches!(b.mode, Mode::Keep { .. });

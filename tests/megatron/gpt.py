@@ -95,6 +95,8 @@ class Run:
             num_query_groups=2,
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
+            expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+            expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
             sequence_parallel=case.sequence_parallel,
             use_cpu_initialization=True,
             params_dtype=dtype,
@@ -115,7 +117,8 @@ class Run:
             attention_softmax_in_fp32=True,
             **{"ffn_hidden_size": 96, **case.model},
         )
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        mixture = {"num_experts": case.model.get("num_moe_experts"), "moe_grouped_gemm": False}
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", **mixture)
         spec.submodules.input_layernorm = Norm
         spec.submodules.pre_mlp_layernorm = Norm
         parts = [self._chunk(spec, index, pp) for index in range(case.chunks)]
@@ -261,7 +264,8 @@ class Run:
 
     def gradient_buffer_elements(self) -> int:
         """Elements in DDP's gradient buffers."""
-        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
+        kinds = [(chunk.buffers, chunk.expert_parallel_buffers) for chunk in self.chunks]
+        buffers = [buffer for kind in kinds for found in kind for buffer in found]
         return sum(buffer.grad_data.numel() for buffer in buffers)
 
 

@@ -105,8 +105,22 @@ def assert_close(
         (2, ["--tensor-model-parallel-size=2", "--sequence-parallel", *_SPEC]),
         (2, ["--pipeline-model-parallel-size=2"]),
         (2, ["--use-distributed-optimizer", "--overlap-grad-reduce"]),
+        (
+            2,
+            [
+                "--tensor-model-parallel-size=2",
+                "--sequence-parallel",
+                "--num-experts=4",
+                "--expert-model-parallel-size=2",
+                "--expert-tensor-parallel-size=1",
+                "--moe-router-topk=2",
+                "--moe-ffn-hidden-size=48",
+                "--moe-layer-freq=2",
+                *_SPEC,
+            ],
+        ),
     ],
-    ids=["recompute", "tensor", "pipeline", "data"],
+    ids=["recompute", "tensor", "pipeline", "data", "experts"],
 )
 def test_an_unedited_script_trains_as_stock(ranks: int, flags: list[str]) -> None:
     assert_close(steps(ranks, "--forge", *flags), steps(ranks, *flags))

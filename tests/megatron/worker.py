@@ -26,6 +26,7 @@ def main() -> None:
     cpu.enable()  # before the imports of Megatron below
     import checkpoint_scenarios  # noqa: F401  (these register what they define)
     import data_parallel_scenarios  # noqa: F401
+    import expert_scenarios  # noqa: F401
     import gpt
     import rounding_scenarios  # noqa: F401
     import training_scenarios  # noqa: F401

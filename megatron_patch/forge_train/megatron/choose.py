@@ -22,16 +22,18 @@ from ..parameter_ids import check_distinct, parameter_id
 from .patch import is_patched, linear_classes
 
 _LAYER = re.compile(r"(?P<stack>.*\blayers)\.\d+$")
+_EXPERT = re.compile(r"(?P<stack>.*\blocal_experts)\.(?P<index>\d+)$")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A weight that FORGE trains. ``name`` is global: the same on every TP and PP layout."""
+    """A weight that FORGE trains. ``name`` is global: the same on every TP, PP and EP layout."""
 
     name: str
     module: torch.nn.Module
     row_parallel: bool
     parameter_id: int
+    expert: bool = False
 
     @property
     def weight(self) -> torch.nn.Parameter:
@@ -81,6 +83,17 @@ def replicas(reduction: str) -> Replicas | None:
     return Replicas(group, reduction) if group.size() > 1 else None
 
 
+def expert_replicas() -> Replicas | None:
+    """The ranks that have the same experts.
+
+    Each has tokens of its own number, for which panels are the reduction.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return None
+    group = parallel_state.get_expert_data_parallel_group()
+    return Replicas(group, "panels") if group.size() > 1 else None
+
+
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     """The model inside Megatron's wrappers (``Float16Module``, DDP)."""
     while isinstance(getattr(chunk, "module", None), torch.nn.Module):
@@ -92,6 +105,7 @@ def global_names(chunk: torch.nn.Module) -> dict[str, str]:
     """Module name in ``chunk`` → name in the whole model.
 
     Pipeline stages number their layers from zero; ``layer_number`` (from one) is the global number.
+    Ranks of expert parallelism number their experts from zero, as many each.
     """
     renamed: dict[str, str] = {"": ""}
     for name, module in chunk.named_modules():
@@ -103,6 +117,11 @@ def global_names(chunk: torch.nn.Module) -> dict[str, str]:
         match = _LAYER.match(whole)
         if match and isinstance(number, int):
             whole = f"{match['stack']}.{number - 1}"
+        match = _EXPERT.match(whole)
+        if match and parallel_state.model_parallel_is_initialized():
+            experts = len(chunk.get_submodule(parent))
+            first = parallel_state.get_expert_model_parallel_rank() * experts
+            whole = f"{match['stack']}.{first + int(match['index'])}"
         renamed[name] = whole
     return renamed
 
@@ -126,8 +145,6 @@ def _reason(name: str, module: torch.nn.Module, owners: int, frozen: bool) -> st
         return "not a column- or row-parallel linear"
     if not is_patched(module):
         return f"{type(module).__name__} brings a _forward_impl of its own"
-    if getattr(module, "is_expert", False):
-        return "expert of a mixture: may see no token in a step"
     if getattr(module, "gtp_remat_size", 1) > 1:
         return "sharded for rematerialisation (gtp_remat)"
     if weight.dtype not in (torch.float32, torch.bfloat16):
@@ -153,7 +170,7 @@ def _modules(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.
 
 
 def choose(
-    chunks: list[torch.nn.Module], config: Any, ranks: int = 1
+    chunks: list[torch.nn.Module], config: Any, ranks: int = 1, expert_ranks: int = 1
 ) -> tuple[list[Chosen], list[Left]]:
     """Divide the parameters of ``chunks`` between FORGE and the stock optimizer.
 
@@ -161,6 +178,7 @@ def choose(
         chunks: the model chunks of this rank, before DDP, all weights as they will train.
         config: the model's ``TransformerConfig``.
         ranks: that have the same weights.
+        expert_ranks: that have the same experts.
 
     Returns:
         The chosen weights in model order, and everything else with its reason.
@@ -192,13 +210,15 @@ def choose(
                 frozen = not parameter.requires_grad
                 reason = _reason(name, module, owners[id(parameter)], frozen)
                 reason = reason or _used_twice(config, name)
-                if reason is None and parameter.shape[0] % ranks:
+                copies = expert_ranks if getattr(module, "is_expert", False) else ranks
+                if reason is None and parameter.shape[0] % copies:
                     rows = parameter.shape[0]
-                    reason = f"{rows} rows here do not divide by {ranks} data-parallel ranks"
+                    reason = f"{rows} rows here do not divide by {copies} data-parallel ranks"
             full = f"{name}.{key}"
             if reason is None:
                 row = isinstance(module, linear_classes()[1])
-                chosen.append(Chosen(full, module, row, parameter_id(full)))
+                expert = bool(getattr(module, "is_expert", False))
+                chosen.append(Chosen(full, module, row, parameter_id(full), expert))
             else:
                 linear = key == "weight" and isinstance(module, linear_classes())
                 left.append(Left(full, reason, parameter.numel(), linear))

@@ -64,6 +64,8 @@ def linear_spec(
             "'bf16+fp32' for bf16 models."
         )
     column = not chosen.row_parallel
+    # A mixture's dispatcher communicates for its experts, and so may who overlaps shared ones.
+    own_comm = column and not getattr(module, "explicit_expert_comm", False)
     return LinearSpec(
         out_features=module.output_size,
         in_features=module.input_size,
@@ -74,8 +76,8 @@ def linear_spec(
         weight_rounding=weight_rounding,
         state_rounding=state_rounding,
         parallel="column" if column else "row",
-        sequence_parallel=column and bool(module.sequence_parallel),
-        reduce_dgrad=column and bool(module.allreduce_dgrad),
+        sequence_parallel=own_comm and bool(module.sequence_parallel),
+        reduce_dgrad=own_comm and bool(module.allreduce_dgrad),
         parameter_id=chosen.parameter_id,
     )
 
@@ -86,6 +88,7 @@ class FusedLinear:
     Attributes:
         name: global parameter name.
         weight: Megatron's own parameter, ``[out_local, in_local]``; updated in place.
+        expert: whether it is of an expert, which is on other ranks and sees other tokens.
         fused: the engine's side of it (storage, what is pending, step count).
     """
 
@@ -100,6 +103,7 @@ class FusedLinear:
         """Allocate the states. The module is not touched."""
         self._replicas = replicas
         self.name, self.module, self.engine = chosen.name, chosen.module, engine
+        self.expert = chosen.expert
         self.weight = chosen.weight
         self.group = None if comm.size == 1 else chosen.module.tp_group
         self.fused = FusedWeight(
@@ -115,6 +119,7 @@ class FusedLinear:
                 micro_batches=engine.micro_batches,
             ),
         )
+        self.fused.apart = chosen.expert
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a fused module is a plain module: states belong to one weight only."""

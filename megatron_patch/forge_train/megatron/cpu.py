@@ -15,6 +15,7 @@ per thread), the patched functions are per process.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import sys
 from collections.abc import Callable
@@ -82,6 +83,10 @@ class _Inert:
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda *args, **kwargs: None
+
+    def record_event(self, *args: Any) -> _Inert:
+        """An event of this stream."""
+        return _Inert()
 
     def query(self) -> bool:
         """Everything submitted to this stream has finished."""
@@ -162,7 +167,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
             "reset_peak_memory_stats",
         )
     ]
-    table.append((cuda, "memory_stats", lambda device=None: {}))
+    table.append((cuda, "memory_stats", lambda device=None: collections.defaultdict(int)))
     # Each a function of its own: torch.compile has rules for torch's, by object and by name.
     return [
         (owner, name, new if isinstance(new, type) else _distinct(new))

@@ -17,13 +17,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
-from ..data_parallel import agree, engine_facts
+from ..data_parallel import Replicas, agree, engine_facts
 from ..engine import Engine
 from ..native import Context, default_context
 from ..rules import Rule, built_in
 from . import patch
 from .chain import ForgeChainedOptimizer
-from .choose import Left, choose, refuse, replicas, unwrap
+from .choose import Chosen, Left, choose, expert_replicas, refuse, replicas, unwrap
 from .column_row import Comms, FusedLinear, linear_spec
 from .groups import param_groups
 from .optimizer import ForgeOptimizer
@@ -118,6 +118,8 @@ class Fused:
             self.engine.needs_norm = True
             for layer in self.layers:
                 layer.fused.plans.clear()
+                if layer.fused.fixed == "immediate":
+                    layer.fused.fixed = "deferred"
         weights = [(self._names[id(layer.weight)], layer.weight) for layer in self.layers]
         groups = param_groups(weights, config, config_overrides)
         for group in groups:
@@ -233,7 +235,7 @@ def fuse(
     config = unwrap(chunks[0]).config
     refuse(config)
     made = _rule(rule, options)
-    others = replicas(data_parallel_reduction)
+    others, apart = replicas(data_parallel_reduction), expert_replicas()
     engine = Engine(
         schedule=schedule,
         micro_batches=micro_batches,
@@ -241,9 +243,11 @@ def fuse(
         check_finite=False,  # the chain decides, over stock's gradients and all ranks
         seed=seed,
         replicas=others,
+        apart=apart,
     )
     patch.install()
-    chosen, left = choose(chunks, config, 1 if others is None else others.size)
+    sizes = [1 if ranks is None else ranks.size for ranks in (others, apart)]
+    chosen, left = choose(chunks, config, *sizes)
     for item in chosen:
         if hasattr(item.module, patch.LAYER_ATTRIBUTE):
             raise ValueError(f"{item.name} is fused already.")
@@ -252,14 +256,7 @@ def fuse(
         roundings = {"weight_rounding": weight_rounding, "state_rounding": state_rounding}
         facts = {"rule": made.name, **made.options, **formats, **roundings, "clip_grad": clip_grad}
         agree(None, {**engine_facts(engine), **facts}, "fuse")
-        # Within a pipeline stage, weights and their shards, too.
-        weights = {x.name: f"{tuple(x.weight.shape)} of {x.weight.dtype}, fused" for x in chosen}
-        if parallel_state.model_parallel_is_initialized():
-            agree(parallel_state.get_tensor_model_parallel_group(), weights, "tensor_parallel")
-        if others is not None:
-            agree(others.group, weights, "data_parallel")
-            # Masters are made from them: Megatron's own broadcast comes later.
-            others.broadcast(item.weight for item in chosen)
+        _agree_on_weights(chosen, others, apart, bool(getattr(config, "num_moe_experts", None)))
     comms = Comms(context or default_context(chosen[0].weight.device if chosen else "cpu"))
     layers = []
     for item in chosen:
@@ -271,7 +268,9 @@ def fuse(
             weight_rounding=weight_rounding,
             state_rounding=state_rounding,
         )
-        layers.append(FusedLinear(item, spec, engine, comms.of(item.module.tp_group), others))
+        copies = apart if item.expert else others
+        layers.append(FusedLinear(item, spec, engine, comms.of(item.module.tp_group), copies))
+    _fix_experts(layers, engine, config, tokens_per_micro_batch)
     if tokens_per_micro_batch is not None:
         _plan(layers, engine, tokens_per_micro_batch)
     for layer in layers:
@@ -283,9 +282,66 @@ def fuse(
     return Fused(layers, left, engine, made, explicit, float(clip_grad), names)
 
 
+def _agree_on_weights(
+    chosen: Sequence[Chosen], others: Replicas | None, apart: Replicas | None, mixture: bool
+) -> None:
+    """Compare weights and shards within a pipeline stage, and give copies rank 0's values.
+
+    Masters are made from them, and Megatron's own broadcast comes later.
+    """
+    weights: dict[bool, dict[str, object]] = {False: {}, True: {}}
+    for item in chosen:
+        what = f"{tuple(item.weight.shape)} of {item.weight.dtype}, fused"
+        weights[item.expert][item.name] = what
+    if parallel_state.model_parallel_is_initialized():
+        agree(parallel_state.get_tensor_model_parallel_group(), weights[False], "tensor_parallel")
+        if mixture:
+            group = parallel_state.get_expert_tensor_parallel_group()
+            agree(group, weights[True], "expert_tensor_parallel")
+    if others is not None:
+        agree(others.group, weights[False], "data_parallel")
+        others.broadcast(item.weight for item in chosen if not item.expert)
+    if apart is not None and mixture:
+        agree(apart.group, weights[True], "expert_data_parallel")
+        apart.broadcast(item.weight for item in chosen if item.expert)
+
+
+def _fix_experts(
+    layers: Sequence[FusedLinear], engine: Engine, config: Any, tokens: int | None
+) -> None:
+    """Choose the schedule of experts once: their tokens differ from step to step and rank to rank.
+
+    By the tokens that an expert gets when all get as many; where that is not known, by what holds
+    least whatever they are. Ranks with copies of an expert must reduce it as often, too.
+    """
+    ranks = getattr(config, "expert_model_parallel_size", None) or 1
+    for layer in layers:
+        if not layer.expert:
+            continue
+        fused, layout = layer.fused, layer.fused.linear.layout
+        fused.reduce_every = 1
+        if tokens is None:
+            at_step = engine.needs_norm or engine.micro_batches > 1
+            fused.fixed = "accumulate" if at_step else "immediate"
+            continue
+        share = max(1, round(tokens * config.moe_router_topk * ranks / config.num_moe_experts))
+        fused.plan = fused.linear.plan(
+            tokens=share,
+            micro_batches=engine.micro_batches,
+            needs_norm=engine.needs_norm,
+            schedule=engine.schedule,
+        )
+        fused.fixed = fused.plan.schedule
+        factors = share * (layout.out_local + layout.in_local) * layer.weight.itemsize
+        accumulator = layout.out_owned * layout.in_local * torch.float32.itemsize
+        fused.reduce_every = max(1, accumulator // factors)
+
+
 def _plan(layers: list[FusedLinear], engine: Engine, tokens: int) -> None:
     """Ask for every layer's schedule now, so that the summary can show it."""
     for layer in layers:
+        if layer.fused.plan is not None:
+            continue
         layer.fused.plan = layer.fused.plans[tokens] = layer.fused.linear.plan(
             tokens=tokens,
             micro_batches=engine.micro_batches,

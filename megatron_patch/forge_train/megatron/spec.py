@@ -10,11 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 _NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 
@@ -42,27 +39,30 @@ class Norm:
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of a stage.
+    """The layers of a stage, dense ones and mixtures of experts.
 
     Args:
         config: the model's; its ``transformer`` is the ``TransformerConfig``.
         vp_stage: the model chunk, under an interleaved pipeline.
 
     Raises:
-        ValueError: a mixture of experts, or latent attention, whose layers are others.
+        ValueError: latent attention, whose layers are others.
     """
     transformer = config.transformer
-    for option in ("num_moe_experts", "multi_latent_attention"):
-        if getattr(transformer, option, None):
-            raise ValueError(
-                f"--spec forge_train.megatron.spec layer_spec is not for {option}: leave it out"
-            )
-    layer = get_gpt_layer_local_spec(
-        qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization
+    if transformer.multi_latent_attention:
+        raise ValueError(
+            "--spec forge_train.megatron.spec layer_spec is not for multi_latent_attention: leave "
+            "it out"
+        )
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=False,
+        normalization=transformer.normalization,
+        vp_stage=vp_stage,
     )
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    if transformer.qk_layernorm:
-        attention = layer.submodules.self_attention.submodules
-        attention.q_layernorm = attention.k_layernorm = Norm
-    count = get_num_layers_to_build(transformer, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
+    for layer in block.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        if transformer.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = Norm
+    return TransformerBlockSubmodules(layer_specs=block.layer_specs, layer_norm=Norm)
