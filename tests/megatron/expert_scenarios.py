@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from gpt import Case, Run
 from megatron.core import parallel_state
@@ -129,3 +130,17 @@ def experts_move_between_ranks_by_a_checkpoint(folder: Path) -> None:
         losses, norms = moved.train(2)
         for ours, theirs in zip((*losses, *norms), (*ahead[0], *ahead[1]), strict=True):
             assert abs(ours - theirs) <= 1e-4 * abs(theirs), (losses, norms, ahead)
+
+
+@scenario(2)
+def a_stock_checkpoint_of_shared_out_experts_is_refused(folder: Path) -> None:
+    case = Case(model=MIXTURE)
+    with _experts(2):
+        stock = Run(case.stock())
+        stock.train(1)
+        save(stock, folder / "stock-experts")
+        run = Run(case)
+        before = states(run)
+        with pytest.raises(ValueError, match="keeps experts apart"):
+            load(run, folder / "stock-experts")
+        equal(states(run), before)

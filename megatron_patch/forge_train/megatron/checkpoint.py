@@ -177,6 +177,11 @@ def load_state_dict(chain: ForgeChainedOptimizer, state: dict[str, Any]) -> None
             "The checkpoint was written without a distributed optimizer and without experts, but "
             "this run has one of them: FORGE cannot convert between the two layouts."
         )
+    if 0 in state and 1 in state:
+        raise ValueError(
+            "The checkpoint's optimizer state is a stock one's that keeps experts apart, as expert "
+            "parallelism makes it; FORGE cannot read it. Go on from the weights: --no-load-optim."
+        )
     _load_unified(forge, member, state)
 
 
