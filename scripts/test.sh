@@ -9,7 +9,7 @@ step() {
     local name=$1 begin=$SECONDS
     shift
     printf '\n== %s\n' "$name"
-    "$@"
+    "$@" || return
     printf '== %s: %d s\n' "$name" "$((SECONDS - begin))"
 }
 
@@ -31,15 +31,40 @@ step "Rust format" cargo fmt --check
 step "C and C++ format" on_files "$bin/clang-format" --dry-run -Werror -- 'tests/*.c' 'tests/*.cpp' 'tests/*.h' 'kernels/*.cu' 'kernels/*.cuh'
 step "Python format" "$bin/ruff" format --check .
 step "Python lint" "$bin/ruff" check .
-step "shell lint" on_files "$bin/shellcheck" -- '*.sh' .ci/run
+step "shell lint" on_files "$bin/shellcheck" -- '*.sh' '*.sbatch' .ci/run
 step "Rust lint" cargo clippy --all-targets --quiet -- -D warnings
 step "Rust docs" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 # torch's wheels bring NVRTC, with which the kernels are compiled; no GPU is needed for that.
 FORGE_NVRTC=${FORGE_NVRTC:-$(find "$PWD/.venv/lib" -name 'libnvrtc.so.1[23]' | sort | tail -n 1)}
 export FORGE_NVRTC
-step "Rust and C tests" cargo test --quiet
-[[ $(uname -sm) != "Linux x86_64" ]] || step "AddressSanitizer" scripts/sanitize.sh
-step "Python tests" "$bin/python" -m pytest -q tests/python
-step "Megatron tests" "$bin/python" -m pytest -q tests/megatron
-step "demo tests" "$bin/python" -m pytest -q tests/demo
+# The two halves beside each other: kernels are compiled on all processors, most of the rest waits.
+step "Rust tests, built" cargo test --quiet --no-run
+# Joined by &&: in a condition, as these are called, bash does not end at a failure by itself.
+rust_half() {
+    step "Rust and C tests" cargo test --quiet &&
+        if [[ $(uname -sm) == "Linux x86_64" ]]; then
+            step "AddressSanitizer" scripts/sanitize.sh
+        fi
+}
+python_half() {
+    step "Python tests" "$bin/python" -m pytest -q tests/python &&
+        step "Megatron tests" "$bin/python" -m pytest -q tests/megatron &&
+        step "SLURM tests" "$bin/python" -m pytest -q tests/slurm &&
+        step "demo tests" "$bin/python" -m pytest -q tests/demo
+}
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+# In a process group of its own, so that it ends as a whole when the other half has failed.
+set -m
+python_half >"$output" 2>&1 &
+python=$!
+set +m
+if ! rust_half; then
+    kill -TERM -- "-$python" 2>/dev/null || true
+    exit 1
+fi
+status=0
+wait "$python" || status=$?
+cat "$output"
+((status == 0)) || exit "$status"
 printf '\nall of it passed in %d s\n' "$SECONDS"
