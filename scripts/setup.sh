@@ -71,6 +71,17 @@ for file in "${requirements[@]}"; do
     fi
 done
 
+# Beside the environment: tests put it in front of the newer one.
+older=scripts/requirements-older.txt
+if [[ ${1-} == --dev && $(cat .venv/older/.stamp 2>/dev/null) != "$(hash_of "$older")" ]]; then
+    echo "setup: installing $older"
+    rm -rf .venv/older
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/older --requirement "$older"
+    # A package of its own: without this Python looks for what it lacks in the newer one.
+    touch .venv/older/megatron/__init__.py
+    hash_of "$older" >.venv/older/.stamp
+fi
+
 # Everything that goes into the wheel. Cargo.lock and kernels may be missing: find skips them.
 wanted=$(hash_of Cargo.toml Cargo.lock build.rs cbindgen.toml pyproject.toml include kernels src megatron_patch || true)
 if [[ $(cat .venv/.stamp-wheel 2>/dev/null) != "$wanted" ]]; then

@@ -49,6 +49,7 @@ rust_half() {
 python_half() {
     step "Python tests" "$bin/python" -m pytest -q tests/python &&
         step "Megatron tests" "$bin/python" -m pytest -q tests/megatron &&
+        step "Megatron tests, 0.16.1" env FORGE_MEGATRON="$PWD/.venv/older" "$bin/python" -m pytest -q tests/megatron/test_megatron.py &&
         step "SLURM tests" "$bin/python" -m pytest -q tests/slurm &&
         step "demo tests" "$bin/python" -m pytest -q tests/demo
 }

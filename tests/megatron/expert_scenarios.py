@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import unittest
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from gpt import Case, Run
 from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
 from registry import equal, load, save, scenario, states
 from training_scenarios import follow
 
@@ -26,9 +28,15 @@ MIXTURE = {
 MANY = {**MIXTURE, "num_moe_experts": 16, "moe_router_topk": 1}
 
 
+def _need_experts() -> None:
+    if not hasattr(moe_utils, "te_general_gemm"):
+        raise unittest.SkipTest("this megatron-core's router needs Transformer Engine")
+
+
 @contextlib.contextmanager
 def _experts(expert: int, tensor: int = 1, expert_tensor: int = 1) -> Iterator[None]:
     """Ranks that share out experts; ranks that are left over have copies of them."""
+    _need_experts()
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
@@ -64,6 +72,7 @@ def _idle(run: Run) -> list[int]:
 
 @scenario(1)
 def experts_follow_stock(_: Path) -> None:
+    _need_experts()
     for schedule in ("auto", "immediate", "deferred", "accumulate"):
         _follow(Case(model=MANY, schedule=schedule, steps=3))
     _follow(Case(model=MIXTURE, clip_grad=1.0, micro_batches=4))
@@ -77,6 +86,7 @@ def experts_follow_stock(_: Path) -> None:
 @scenario(1)
 def an_expert_without_tokens_decays_as_stock_does(_: Path) -> None:
     """Its gradient is zero: moments decay, and the weight by them and by weight decay."""
+    _need_experts()
     case = Case(model=MANY, steps=3)
     stock, run = Run(case.stock()), Run(case)
     seen = _idle(run)

@@ -1,6 +1,7 @@
 """One rank: ``worker.py RANK WORLD PORT FOLDER`` runs every scenario of its world size.
 
-Writes ``FOLDER/WORLD-RANK.json``: scenario → seconds, or the traceback.
+Writes ``FOLDER/WORLD-RANK.json``: scenario → seconds, the traceback, or a list with the reason
+why it was skipped.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import unittest
 import warnings
 from pathlib import Path
 
@@ -27,6 +29,7 @@ def main() -> None:
     import checkpoint_scenarios  # noqa: F401  (these register what they define)
     import data_parallel_scenarios  # noqa: F401
     import expert_scenarios  # noqa: F401
+    import format_scenarios  # noqa: F401
     import gpt
     import rounding_scenarios  # noqa: F401
     import training_scenarios  # noqa: F401
@@ -34,7 +37,7 @@ def main() -> None:
 
     rank, world, port = (int(argument) for argument in sys.argv[1:4])
     folder = Path(sys.argv[4])
-    results: dict[str, float | str] = {}
+    results: dict[str, float | str | list[str]] = {}
     report = folder / f"{world}-{rank}.json"
     gpt.start(rank, world, port, tp=world)
     for name, (worlds, function) in SCENARIOS.items():
@@ -44,6 +47,8 @@ def main() -> None:
         try:
             function(folder)
             results[name] = time.monotonic() - begin
+        except unittest.SkipTest as reason:
+            results[name] = [str(reason)]
         except BaseException:
             results[name] = traceback.format_exc()
         report.write_text(json.dumps(results))

@@ -48,6 +48,8 @@ class ForgeOptimizer(MegatronOptimizer):
     Attributes:
         total_norm: gradient norm over stock's and FORGE's weights, set by the chain before
             ``step_with_ready_grads``; None: no clipping.
+        nonfinite_layers: weights of any rank whose gradient held inf or nan in the last step.
+        nonfinite_tiles: tiles of all ranks that updates inside the backward left alone for that.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class ForgeOptimizer(MegatronOptimizer):
         first = getattr(stock, "chained_optimizers", [stock])[0]
         self.grad_stats_parallel_group = first.get_grad_stats_parallel_group()
         self.total_norm: float | None = None
+        self.nonfinite_layers: tuple[str, ...] = ()
+        self.nonfinite_tiles = 0
         self._stock = stock
         self._norm = 0.0
         by_weight = {id(weight): group for group in groups for weight in group["params"]}
@@ -106,15 +110,18 @@ class ForgeOptimizer(MegatronOptimizer):
         squares, nonfinite = self.engine.sum_of_squares()
         # Updates made inside the backward are over, but their norm is still to be reported.
         self.engine.reports.read()
-        done = [x.fused.report for x in self.layers if x.fused.updated and x.fused.report]
-        tiles = sum(report.nonfinite_tiles for report in done)
+        updated = {x.name: x.fused.report for x in self.layers if x.fused.updated}
+        done = {name: report for name, report in updated.items() if report is not None}
+        tiles = {name: r.nonfinite_tiles for name, r in done.items() if r.nonfinite_tiles}
         if not nonfinite:
-            squares += sum(report.sum_of_squares for report in done if not report.nonfinite_tiles)
+            squares += sum(r.sum_of_squares for name, r in done.items() if name not in tiles)
         if nonfinite or tiles:
-            what = ", ".join(nonfinite) or f"{tiles} tiles, which were not updated"
+            left = [f"{name} ({count} tiles, not updated)" for name, count in tiles.items()]
+            what = ", ".join([*nonfinite, *left])
             _log.warning("inf or nan in the weight gradient of %s", what)
+        numbers = [0.0 if nonfinite else squares, float(bool(nonfinite)), sum(tiles.values())]
         statistics = torch.tensor(
-            [0.0 if nonfinite else squares, float(bool(nonfinite))],
+            numbers,
             dtype=torch.float64,
             device=self.layers[0].weight.device if self.layers else torch.cuda.current_device(),
         )
@@ -126,9 +133,26 @@ class ForgeOptimizer(MegatronOptimizer):
             self.engine.replicas.sum(statistics)
             group = parallel_state.get_model_parallel_group()
         torch.distributed.all_reduce(statistics, group=group)
-        total, bad_ranks = statistics.tolist()
+        total, bad_ranks, count = statistics.tolist()
+        self.nonfinite_tiles = round(count)
+        self.nonfinite_layers = ()
+        if bad_ranks or count:  # so it is on every rank
+            names = self._names_of_all([*nonfinite, *tiles], group)
+            self.nonfinite_layers = tuple(sorted(names))
         self._norm = math.sqrt(total) * self._grad_scale() * self.engine.share
         return bad_ranks > 0
+
+    def _names_of_all(
+        self, names: Sequence[str], group: torch.distributed.ProcessGroup
+    ) -> set[str]:
+        """The names of all ranks over which :meth:`prepare_grads` has summed."""
+        known = set(names)
+        replicas = self.engine.replicas
+        for each in (group,) if replicas is None else (replicas.group, group):
+            lists: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size(each))]
+            torch.distributed.all_gather_object(lists, sorted(known), group=each)
+            known.update(*lists)
+        return known
 
     def get_grad_norm(self) -> float:
         """Norm of the fused weights' unscaled gradients over all ranks, from ``prepare_grads``."""

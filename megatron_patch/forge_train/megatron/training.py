@@ -8,6 +8,7 @@ These functions are wrapped, each of which Megatron looks up in its module when 
 | ``arguments.validate_args`` | refusal of flags that do not go with them |
 | ``training.wrap_model_chunks_with_ddp``, ``models.dist_utils._ddp_wrap`` | ``fuse`` of the model chunks, which have their final dtype and device there and no gradient buffers yet |
 | ``training.get_megatron_optimizer`` | ``chain`` |
+| ``training.training_log`` | what only FORGE knows, see :mod:`forge_train.megatron.metrics` |
 | ``megatron.core.datasets.utils.compile_helpers`` | nothing is compiled where the wheel has brought what would be: it lacks the Makefile |
 
 Without ``--forge`` they do what they did.
@@ -28,6 +29,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from . import arguments
 from .fuse import Fused, fuse
+from .metrics import Metrics, arguments_of
 
 _log = logging.getLogger("forge_train")
 _MARKER = "__forge_training__"
@@ -38,6 +40,7 @@ class _Session:
     """What ``--forge`` has made so far in this process."""
 
     fused: Fused | None = None
+    metrics: Metrics | None = None
 
 
 def fused() -> Fused | None:
@@ -79,9 +82,33 @@ def _chaining(original: Callable[..., Any]) -> Callable[..., Any]:
         done = _Session.fused
         if done is None or done.optimizer is not None:
             return optimizer
-        return done.chain(optimizer, more.get("config_overrides"))
+        from megatron.training import get_args, get_timers
+
+        chained = done.chain(optimizer, more.get("config_overrides"))
+        _Session.metrics = Metrics(done, get_args(), get_timers())
+        return chained
 
     return get_megatron_optimizer
+
+
+def _logging(original: Callable[..., Any]) -> Callable[..., Any]:
+    def training_log(*given: Any, **more: Any) -> Any:
+        if _Session.metrics is not None:
+            from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+            told = arguments_of(original, given, more)
+            counts = told["total_loss_dict"]
+            before = ("advanced iterations", "skipped iterations")
+            _Session.metrics.log(
+                told["iteration"],
+                told["skipped_iter"],
+                1 + sum(counts.get(key, 0) for key in before),
+                get_tensorboard_writer(),
+                get_wandb_writer(),
+            )
+        return original(*given, **more)
+
+    return training_log
 
 
 def _compiled(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +166,7 @@ _WRAPPED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("training.training", "wrap_model_chunks_with_ddp", _fusing),
     ("training.models.dist_utils", "_ddp_wrap", _fusing),
     ("training.training", "get_megatron_optimizer", _chaining),
+    ("training.training", "training_log", _logging),
     ("core.datasets.utils", "compile_helpers", _compiled),
 )
 
@@ -183,4 +211,4 @@ def uninstall() -> None:
         current = getattr(module, name, None)
         if hasattr(current, _MARKER):
             setattr(module, name, current.__wrapped__)
-    _Session.fused = None
+    _Session.fused = _Session.metrics = None
