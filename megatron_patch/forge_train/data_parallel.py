@@ -25,6 +25,10 @@ from .choose import Choice
 if TYPE_CHECKING:
     from .engine import Engine
 
+_SAME_MODEL = "Every rank must fuse the same model with the same arguments."
+_WAY_OUT = {
+    "backward": "Every rank must have as many tokens in a backward: pad the batch, or drop it.",
+}
 _BUCKET = 64 << 20
 """Bytes of gradients that are reduced together."""
 
@@ -163,9 +167,9 @@ def agree(group: dist.ProcessGroup | None, facts: Mapping[str, object], among: s
         for name in dict.fromkeys([*first, *other]):
             here, there = first.get(name, "nothing"), other.get(name, "nothing")
             if here != there:
+                way_out = _WAY_OUT.get(among, _SAME_MODEL)
                 raise ValueError(
-                    f"{among}: rank {rank} has {name}: {there}, but rank 0 has {here}. Every rank "
-                    "must fuse the same model with the same arguments."
+                    f"{among}: rank {rank} has {name}: {there}, but rank 0 has {here}. {way_out}"
                 )
     raise ValueError(f"{among}: ranks have the same weights in another order")
 

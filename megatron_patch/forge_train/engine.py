@@ -194,6 +194,7 @@ class Engine:
 
         Raises:
             RuntimeError: the weight was updated since the forward, or already in this step.
+            ValueError: data-parallel ranks have different numbers of tokens; nothing was computed.
         """
         if weight.updated:
             raise RuntimeError(second_backward(weight.name))
@@ -203,9 +204,11 @@ class Engine:
                 "gradient no longer exists. Run the forward again after optimizer.step()."
             )
         use.done = True
+        tokens = weight.linear.tokens_of(dy, x)
+        self._compare_tokens(weight, tokens)
         schedule = self.schedule
         if schedule == "auto":
-            schedule = self._schedule_of(weight, weight.linear.tokens_of(dy, x))
+            schedule = self._schedule_of(weight, tokens)
         if schedule == "immediate":
             scalars = self.scalars.give(weight, self.seed, self.share)
             result = weight.linear.backward(
@@ -216,7 +219,6 @@ class Engine:
             weight.updated, weight.version = True, weight.version + 1
             self._gathering = True
             return result
-        tokens = weight.linear.tokens_of(dy, x)
         local = weight.linear.reduces_panels(tokens)
         first = not weight.pending and not local
         norm = self.norms.row(weight) if first and self._normed_at_once(weight, schedule) else None
@@ -230,6 +232,15 @@ class Engine:
         self.norms.taken(weight, norm is not None)
         weight.kept_more = weight.kept_more or not (first or local)
         return result
+
+    def _compare_tokens(self, weight: FusedWeight, tokens: int) -> None:
+        """Have data-parallel ranks tell each other the tokens that sums and schedules depend on.
+
+        In the first two steps: later it would cost a GPU's host more than it finds.
+        """
+        shared = weight.linear.data_parallel is not None and not weight.apart
+        if shared and self.steps < 2 and self.replicas is not None:
+            agree(self.replicas.group, {f"tokens of {weight.name}": tokens}, "backward")
 
     def _normed_at_once(self, weight: FusedWeight, schedule: str) -> bool:
         """Whether the step will want the norm of these factors, and they will be all.

@@ -221,6 +221,30 @@ def test_gradients_of_different_parameters_are_not_added() -> None:
     assert first == second and "rank 1 has what waits for the step" in first
 
 
+def with_other_tokens(reduction: str) -> tuple[str, bool]:
+    import torch.distributed as dist
+
+    fused = fuse(model(), AdamW(lr=0.01), data_parallel=True, data_parallel_reduction=reduction)
+    before = on_cpu(fused.export_weights())
+    tokens = batches()[0][0][: 2 + dist.get_rank()].to(device())
+    try:
+        tokens_loss(fused.model, tokens).backward()
+    except ValueError as error:
+        same = all(
+            torch.equal(w, before[name]) for name, w in on_cpu(fused.export_weights()).items()
+        )
+        return str(error), same
+    return "went through", False
+
+
+@pytest.mark.parametrize("reduction", ["auto", "exchange", "panels"])
+def test_ranks_with_other_tokens_are_told_so_before_anything_changes(reduction: str) -> None:
+    (first, same), second = on_ranks(with_other_tokens, 2, reduction)
+    assert same and second == (first, True)
+    assert "backward: rank 1 has tokens of" in first and "but rank 0 has" in first
+    assert "pad the batch" in first
+
+
 def of_two_steps(states: list[Any]) -> str:
     import torch.distributed as dist
 
