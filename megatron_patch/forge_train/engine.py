@@ -97,6 +97,8 @@ class Engine:
         self.replicas, self.apart = replicas, apart
         # What the library sums over ranks is averaged.
         self.share = 1.0 if replicas is None else 1.0 / replicas.size
+        # What this step's gradients are multiplied with, known after its backwards; 1 for the next.
+        self.factor: float | torch.Tensor = 1.0
         self._gathering = False
         self._summed = False
         self._dense: tuple[tuple[bool, ...], torch.Tensor] | None = None
@@ -417,12 +419,14 @@ class Engine:
         for weight in self.weights:
             weight.clear()
         self._summed = False
+        self.factor = 1.0
         self.norms.clear()
         self.scalars.discard()
 
     def _end_step(self) -> None:
         self.steps += 1
         self._summed = False
+        self.factor = 1.0
         self.settle()
         self.norms.clear()
         for weight in self.fused:

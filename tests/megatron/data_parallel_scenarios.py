@@ -68,6 +68,13 @@ def replicas_of_shards_follow_stock(_: Path) -> None:
 
 
 @scenario(2)
+def replicas_with_a_loss_per_token_follow_stock(_: Path) -> None:
+    with _replicas():
+        for reduction in ("exchange", "panels"):
+            _same_on_all_ranks(follow(Case(per_token=True, reduction=reduction, micro_batches=2)))
+
+
+@scenario(2)
 def one_replica_with_inf_skips_the_step_everywhere(_: Path) -> None:
     with _replicas():
         run = Run(Case(clip_grad=1.0))

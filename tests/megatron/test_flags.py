@@ -35,7 +35,6 @@ def test_a_job_that_can_be_trained_is_not_refused() -> None:
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2", "leave it out"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp", "leave it out"),
         ({"transformer_impl": "transformer_engine"}, "--transformer-impl", "local"),
-        ({"calculate_per_token_loss": True}, "--calculate-per-token-loss", "leave it out"),
         ({"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute", "leave it"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl", "leave it out"),
         ({"save_wgrads_interval": 10}, "--save-wgrads-interval", "leave it out"),
@@ -49,9 +48,14 @@ def test_a_flag_is_refused(others: dict[str, object], flag: str, way_out: str) -
 
 
 @pytest.mark.parametrize(
-    "others", [{"rampup_batch_size": [2, 2, 8]}, {"rerun_mode": "validate_results"}]
+    "others",
+    [
+        {"rampup_batch_size": [2, 2, 8]},
+        {"rerun_mode": "validate_results"},
+        {"calculate_per_token_loss": True},
+    ],
 )
-def test_immediate_is_refused_where_a_step_has_more_than_one_backward(
+def test_immediate_is_refused_where_a_backward_is_not_the_step(
     others: dict[str, object],
 ) -> None:
     with pytest.raises(ValueError, match="--forge-schedule deferred"):

@@ -100,6 +100,7 @@ def assert_close(
                 "--recompute-granularity=full",
                 "--recompute-method=uniform",
                 "--recompute-num-layers=1",
+                "--calculate-per-token-loss",
             ],
         ),
         (2, ["--tensor-model-parallel-size=2", "--sequence-parallel", *_SPEC]),
@@ -120,7 +121,7 @@ def assert_close(
             ],
         ),
     ],
-    ids=["recompute", "tensor", "pipeline", "data", "experts"],
+    ids=["recompute and per token", "tensor", "pipeline", "data", "experts"],
 )
 def test_an_unedited_script_trains_as_stock(ranks: int, flags: list[str]) -> None:
     assert_close(steps(ranks, "--forge", *flags), steps(ranks, *flags))

@@ -300,10 +300,18 @@ def tied_frozen_and_shared_weights_are_left(_: Path) -> None:
     fused.remove()
 
 
+@scenario(1, 2)
+def a_loss_per_token_follows_stock(_: Path) -> None:
+    for schedule in ("auto", "deferred", "accumulate"):
+        follow(Case(per_token=True, schedule=schedule, micro_batches=3))
+    run = follow(Case(per_token=True, clip_grad=0.5, micro_batches=2, loss_scale=8.0))
+    assert run.fused.engine.factor == 1.0, "it is the next step's as well"
+
+
 @scenario(1)
 def unsupported_settings_are_refused_by_name(_: Path) -> None:
     for name, case in {
-        "calculate_per_token_loss": Case(model={"calculate_per_token_loss": True}),
+        "calculate_per_token_loss": Case(per_token=True, schedule="immediate"),
         "cannot clip": Case(schedule="immediate", clip_grad=1.0),
         "micro_batches=4": Case(schedule="immediate", micro_batches=4),
         "weight_format": Case(weight_format="bf16+16"),

@@ -14,7 +14,7 @@ such a script unedited, by ``python -m forge_train.megatron SCRIPT FLAGS --forge
 
 import importlib.util
 
-from . import patch
+from . import patch, token_loss
 from .chain import ForgeChainedOptimizer
 from .fuse import Fused, fuse
 from .optimizer import ForgeOptimizer
@@ -44,6 +44,7 @@ def uninstall() -> None:
         RuntimeError: see :func:`forge_train.megatron.patch.uninstall`.
     """
     patch.uninstall()
+    token_loss.uninstall()
     if importlib.util.find_spec("megatron.training") is not None:
         from . import training
 

@@ -132,9 +132,10 @@ def check(args: Any) -> None:
             "its linears keep their gradients, so that little would be saved; use "
             "--transformer-impl local",
         ),
-        "--calculate-per-token-loss": (
-            given("calculate_per_token_loss"),
-            "gradients are rescaled after the backward; leave it out",
+        "--forge-schedule immediate with --calculate-per-token-loss": (
+            getattr(args, "forge_schedule", None) == "immediate"
+            and given("calculate_per_token_loss"),
+            "it updates before the tokens of a step are counted; use --forge-schedule deferred",
         ),
         "--defer-embedding-wgrad-compute": (
             given("defer_embedding_wgrad_compute"),

@@ -61,8 +61,6 @@ def refuse(config: Any) -> None:
         ValueError: names the setting and the way out.
     """
     reasons = {
-        "calculate_per_token_loss": "gradients are rescaled after the backward, when FORGE's "
-        "update may have happened; turn it off",
         "defer_embedding_wgrad_compute": "it keeps the output layer's weight gradient for later, "
         "which FORGE never forms; turn it off",
         "fp16": "fp16 weights need dynamic loss scaling; train in bf16 or fp32",

@@ -21,7 +21,7 @@ from ..data_parallel import Replicas, agree, engine_facts
 from ..engine import Engine
 from ..native import Context, default_context
 from ..rules import Rule, built_in
-from . import patch
+from . import patch, token_loss
 from .chain import ForgeChainedOptimizer
 from .choose import Chosen, Left, choose, expert_replicas, refuse, replicas, unwrap
 from .column_row import Comms, FusedLinear, linear_spec
@@ -235,16 +235,26 @@ def fuse(
     config = unwrap(chunks[0]).config
     refuse(config)
     made = _rule(rule, options)
+    # A gradient is divided by the tokens of all micro-batches, which no backward knows.
+    per_token = bool(getattr(config, "calculate_per_token_loss", False))
+    if per_token and schedule == "immediate":
+        raise ValueError(
+            "schedule='immediate' updates before the step's tokens are counted, by which "
+            "calculate_per_token_loss divides; use schedule='deferred', 'accumulate' or 'auto'"
+        )
     others, apart = replicas(data_parallel_reduction), expert_replicas()
     engine = Engine(
         schedule=schedule,
         micro_batches=micro_batches,
-        needs_norm=clip_grad > 0.0 or repeatable,
+        needs_norm=clip_grad > 0.0 or repeatable or per_token,
         check_finite=False,  # the chain decides, over stock's gradients and all ranks
         seed=seed,
         replicas=others,
         apart=apart,
     )
+    if per_token:
+        engine.share = 1.0  # nor is it averaged over ranks
+        token_loss.install()
     patch.install()
     sizes = [1 if ranks is None else ranks.size for ranks in (others, apart)]
     chosen, left = choose(chunks, config, *sizes)

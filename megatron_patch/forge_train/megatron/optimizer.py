@@ -93,7 +93,7 @@ class ForgeOptimizer(MegatronOptimizer):
         return self._stock.get_loss_scale()
 
     def _grad_scale(self) -> float:
-        return 1.0 / float(self.get_loss_scale())
+        return float(self.engine.factor) / float(self.get_loss_scale())
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
